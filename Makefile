@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# 'make help' lists the targets.
+
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+BIN  := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: ## install what is needed: distribution packages, and .venv with the console scripts
+	@scripts/setup
+
+demo: venv ## run the main job on an emulated network; pictures and captures land in demo/
+	@$(SUDO) $(BIN)/detour-lab demo --output demo
+
+test: venv ## run the unit tests and the tests on network namespaces
+	@$(SUDO) $(BIN)/pytest
+
+lint: venv ## ruff and mypy --strict
+	@$(BIN)/ruff check src tests
+	@$(BIN)/mypy
+
+bench: venv ## run the benchmarks, each against its baseline; results land in bench-results/
+	@$(SUDO) $(BIN)/python -m tests.bench --output bench-results

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the console scripts share: errors, JSON, argument types."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from typing import Any, NoReturn
+
+from detour_tools import __version__
+from detour_tools.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line that points at ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error in one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser(prog: str, description: str, epilog: str = "") -> Parser:
+    """The top-level parser of a console script."""
+    made = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return made
+
+
+def add_verbosity(target: argparse.ArgumentParser) -> None:
+    """Add ``--verbose`` and ``--quiet`` for log.configure()."""
+    group = target.add_mutually_exclusive_group()
+    group.add_argument("-v", "--verbose", dest="verbosity", action="store_const", const=1,
+                       default=0, help="log every step")
+    group.add_argument("-q", "--quiet", dest="verbosity", action="store_const", const=-1,
+                       help="log warnings and errors only")
+
+
+def network(text: str) -> IPv4Network | IPv6Network:
+    """An argument of the form ADDRESS/PREFIX."""
+    try:
+        return ip_network(text, strict=False)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a network; write ADDRESS/PREFIX, such as 192.0.2.0/24") from None
+
+
+def whole_number(minimum: int, maximum: int) -> Callable[[str], int]:
+    """An argument type: a whole number within bounds."""
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{value} is not from {minimum} to {maximum}")
+        return value
+    return convert
+
+
+def number(minimum: float, maximum: float) -> Callable[[str], float]:
+    """An argument type: a number within bounds."""
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text} is not from {minimum:g} to {maximum:g}")
+        return value
+    return convert
+
+
+def print_json(value: Any) -> None:
+    """Print a result for programs."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
+    """Run a console script's main function and exit with its status.
+
+    A UserError becomes one line on stderr; SIGINT ends with 130, a closed pipe silently.
+    """
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        status = error.status
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where a running program keeps its socket, lock and journal: one folder a network namespace.
+
+The folder is named after the namespace's cookie, which the kernel never gives twice in one boot
+(``SO_NETNS_COOKIE``, Linux 5.14), so that two namespaces never meet and nothing stale is ever
+mistaken for our own. ``/run`` is emptied at boot, and so are sysctls and firewall rules.
+"""
+
+import fcntl
+import os
+import socket
+import struct
+from pathlib import Path
+
+from detour_tools.errors import UserError
+
+ROOT = Path("/run/detour-tools")
+
+_SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21}
+
+
+def netns_cookie() -> int:
+    """The cookie of the network namespace this thread is in."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            raw = probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        except OSError as error:
+            raise UserError("this kernel has no network namespace cookies",
+                            "Linux 5.14 or newer is needed") from error
+    return int(struct.unpack("=Q", raw)[0])
+
+
+def directory() -> Path:
+    """The folder of this network namespace; it may not exist yet."""
+    return ROOT / f"netns-{netns_cookie()}"
+
+
+def make_directory() -> Path:
+    """Make the folder of this network namespace, and return it."""
+    path = directory()
+    try:
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except PermissionError as error:
+        raise UserError(f"cannot write to {ROOT}", "run it as root") from error
+    return path
+
+
+def has_capability(name: str) -> bool:
+    """Whether this process has the capability in effect (``/proc/self/status``)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAPABILITIES[name] & 1)
+    return False
+
+
+def need_capability(name: str, purpose: str) -> None:
+    """Raise UserError unless this process has the capability."""
+    if not has_capability(name):
+        raise UserError(f"{purpose} needs {name}", "run it as root, or with sudo")
+
+
+class InstanceLock:
+    """Holds the right to be the only ``program`` in this network namespace.
+
+    The lock goes with the process, however that ends. Raises UserError when it is taken.
+    """
+
+    def __init__(self, program: str) -> None:
+        path = make_directory() / f"{program}.lock"
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(self._fd, 32).decode(errors="replace").strip() or "unknown"
+            os.close(self._fd)
+            raise UserError(f"another {program} already runs in this network namespace "
+                            f"(pid {pid})", "stop that one first") from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let another instance start."""
+        os.close(self._fd)
