@@ -20,6 +20,13 @@ class Endpoint(NamedTuple):
             f"{self.address}:{self.port}")
 
 
+def unmapped(address: IPAddress) -> IPAddress:
+    """The IPv4 address inside an IPv4-mapped IPv6 one (a dual-stack socket's), or as given."""
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
 def split_host_port(text: str, default_port: int | None = None) -> tuple[str, int]:
     """Split ``HOST``, ``HOST:PORT``, ``[V6]:PORT`` or a bare IPv6 address.
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from detour_tools.netlink import codec
 
+NETLINK_ROUTE = 0
 NETLINK_GENERIC = 16
 NETLINK_SOCK_DIAG = 4
 

@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The client's decisions: events in, commands out. Pure: no socket, and time is an argument.
+
+Every method takes the time (seconds, monotonic) and returns the commands to perform, in order.
+``deadline()`` says when ``tick()`` wants to be called next.
+"""
+
+import errno
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from random import Random
+
+from detour_tools import mproxy
+from detour_tools.client.detours import Detour, DetourState, Exchange
+from detour_tools.client.settings import ClientSettings
+from detour_tools.endpoint import Endpoint, IPAddress
+from detour_tools.pathmanager.base import (
+    ConnectionCreated,
+    ConnectionEstablished,
+    SubflowClosed,
+    SubflowEstablished,
+)
+
+JOIN_PATIENCE = 10.0
+"""Seconds until a join without an outcome no longer keeps another detour from being tried."""
+
+SHORT_LIVED = 2.0
+"""A subflow that dies within this many seconds was refused by the server after the fact: the
+server's limit is checked on the last packet of the handshake, when we already count it as made."""
+
+LIMIT_MEMORY = 60.0
+"""Seconds until a server that refused a join is tried again; doubles with each refusal."""
+
+REPLACE_DELAY = 3.0
+"""Seconds until a path that died is joined again; doubles with each failure in a row."""
+
+LONGEST_DELAY = 3600.0
+
+# RFC 8684, section 3.6: the peer has no resources, or forbids it.
+_SERVER_REFUSALS = (2, 3)
+
+Direct = None
+"""The key of the path without a detour."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendDatagram:
+    """Send ``payload`` to the detour."""
+
+    detour: Endpoint
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSubflow:
+    """Join connection ``token`` from ``local`` to ``remote``; ``via`` is None without a detour."""
+
+    token: int
+    local: IPAddress
+    remote: Endpoint
+    via: Endpoint | None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Tell whoever follows the log."""
+
+    text: str
+
+
+Command = SendDatagram | CreateSubflow | Note
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A connection as found in the kernel: for restarts, and after lost events."""
+
+    token: int
+    local: Endpoint
+    remote: Endpoint
+    passive: bool
+    on_link: bool
+    established: bool
+    subflow_remotes: frozenset[Endpoint]
+
+
+@dataclass(slots=True)
+class Path:
+    """One way of a connection: direct, or through one detour."""
+
+    state: str = "idle"  # idle, joining, up
+    remote: Endpoint | None = None  # where its packets go
+    since: float = 0.0
+    retry_at: float = 0.0
+    failures: int = 0  # in a row
+    asked_again: bool = False
+
+
+@dataclass(slots=True)
+class Connection:
+    """A connection that we look after."""
+
+    token: int
+    local: Endpoint
+    remote: Endpoint
+    established: bool = False
+    reason_for_none: str = ""  # why it gets no detour, empty when it does
+    server_limit: int | None = None  # detour subflows that the server took when it refused one
+    limit_until: float = 0.0
+    refusals: int = 0
+    paths: dict[Detour | None, Path] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the machine has seen, since it started."""
+
+    requests: int = 0
+    retransmissions: int = 0
+    answers: int = 0
+    answers_late: int = 0
+    answers_unmatched: int = 0
+    datagrams_malformed: int = 0
+    joins: int = 0
+    joins_established: int = 0
+    joins_refused: int = 0
+    subflows_lost: int = 0
+    resynchronisations: int = 0
+
+
+class Machine:
+    """Asks detours for mappings and decides which subflows to open."""
+
+    def __init__(self, detours: Iterable[Endpoint], settings: ClientSettings,
+                 random: Random) -> None:
+        self.settings = settings
+        self.counters = Counters()
+        self.detours = [Detour(endpoint, order) for order, endpoint in enumerate(detours)]
+        self.connections: dict[int, Connection] = {}
+        self._random = random
+        self._by_endpoint = {detour.endpoint: detour for detour in self.detours}
+        self._by_address = {detour.endpoint.address: detour for detour in self.detours}
+        self._by_remote: dict[Endpoint, set[int]] = {}
+        # (when, tie-break, what); what no longer holds is noticed when its time comes.
+        self._timers: list[tuple[float, int, Exchange | Detour | int]] = []
+        self._tie_break = itertools.count()
+
+    # -- events of the path manager ------------------------------------------------------------
+
+    def created(self, event: ConnectionCreated, on_link: bool, now: float) -> list[Command]:
+        """A connection's handshake is under way: ask for mappings while it completes."""
+        known = self.connections.get(event.token)
+        if known is not None and (known.local, known.remote) == (event.local, event.remote):
+            return []  # found by a resynchronisation before its event was read
+        self._forget(event.token)
+        connection = Connection(event.token, event.local, event.remote)
+        connection.reason_for_none = self._reason_for_none(
+            event.remote, event.server_side, event.deny_join, on_link)
+        connection.paths[Direct] = Path("up", event.remote, now)
+        self.connections[event.token] = connection
+        self._by_remote.setdefault(event.remote, set()).add(event.token)
+        return list(self._evaluate(connection, now))
+
+    def established(self, event: ConnectionEstablished, on_link: bool,
+                    now: float) -> list[Command]:
+        """A connection takes further subflows from now on."""
+        connection = self.connections.get(event.token)
+        if connection is None or connection.remote != event.remote:  # its creation was missed
+            self.created(ConnectionCreated(event.token, event.local, event.remote,
+                                           event.server_side, event.deny_join), on_link, now)
+            connection = self.connections[event.token]
+        connection.established = True
+        return list(self._evaluate(connection, now))
+
+    def closed(self, token: int) -> list[Command]:
+        """A connection is gone."""
+        self._forget(token)
+        return []
+
+    def subflow_established(self, event: SubflowEstablished, now: float) -> list[Command]:
+        """A join succeeded."""
+        connection = self.connections.get(event.token)
+        if connection is None:
+            return []
+        key, path = self._find_path(connection, event.remote)
+        if path is None:
+            return []
+        if path.state != "up":
+            path.state, path.remote, path.since = "up", event.remote, now
+            self.counters.joins_established += 1
+            if key is not Direct:
+                key.joins_established += 1
+        return []
+
+    def subflow_closed(self, event: SubflowClosed, now: float) -> list[Command]:
+        """A subflow ended, or a join failed."""
+        connection = self.connections.get(event.token)
+        if connection is None:
+            return []
+        key, path = self._find_path(connection, event.remote)
+        if path is None or path.state == "idle":
+            return []
+        was_up, age = path.state == "up", now - path.since
+        path.state = "idle"
+        if was_up and age >= SHORT_LIVED:
+            self._path_lost(connection, path, age, now)
+        else:
+            refused_by_server = was_up or event.reset_reason in _SERVER_REFUSALS
+            self._join_refused(connection, key, path, refused_by_server, now)
+            if refused_by_server:
+                return [Note(f"connection {event.token:08x}: the server takes no more subflows"),
+                        *self._evaluate(connection, now)]
+        return list(self._evaluate(connection, now))
+
+    def join_failed(self, command: CreateSubflow, code: int, now: float) -> list[Command]:
+        """The kernel did not send a join (``code`` is an errno)."""
+        connection = self.connections.get(command.token)
+        if connection is None:
+            return []
+        key, path = self._find_path(connection, command.remote)
+        if path is None or path.state != "joining":
+            return []
+        path.state = "idle"
+        self.counters.joins_refused += 1
+        if key is not Direct:
+            key.joins_refused += 1
+        # Not there any more, or fallen back to TCP: its end is on the way, if it is to come.
+        path.failures += 3 if code in (errno.ENOTCONN, errno.ESRCH, errno.EINVAL) else 1
+        self._retry_later(connection, path, now)
+        return list(self._evaluate(connection, now))
+
+    def resynchronise(self, found: Iterable[Snapshot], now: float) -> list[Command]:
+        """Take over the connections as they stand in the kernel; all others are gone."""
+        self.counters.resynchronisations += 1
+        present = {snapshot.token: snapshot for snapshot in found}
+        for token in [token for token in self.connections if token not in present]:
+            self._forget(token)
+        commands: list[Command] = []
+        for snapshot in present.values():
+            connection = self.connections.get(snapshot.token)
+            if connection is None or connection.remote != snapshot.remote:
+                # What the peer said of the C flag is not kept by the kernel; no flag is assumed.
+                self.created(ConnectionCreated(snapshot.token, snapshot.local, snapshot.remote,
+                                               snapshot.passive), snapshot.on_link, now)
+                connection = self.connections[snapshot.token]
+            connection.established |= snapshot.established
+            self._adopt_subflows(connection, snapshot.subflow_remotes, now)
+            commands += self._evaluate(connection, now)
+        return commands
+
+    # -- datagrams and time --------------------------------------------------------------------
+
+    def datagram(self, source: Endpoint, payload: bytes, now: float) -> list[Command]:
+        """A datagram arrived: only what answers one of our questions counts."""
+        detour = self._by_endpoint.get(source)
+        try:
+            message = mproxy.decode(payload)
+        except mproxy.MalformedMessageError:
+            self.counters.datagrams_malformed += 1
+            return []
+        if (detour is None or not isinstance(message, mproxy.v1.Response)
+                or not message.detour_port):
+            self.counters.answers_unmatched += 1
+            return []
+        exchange = detour.exchanges.get(message.remote)
+        if exchange is None:
+            # A second answer to a question that was sent twice is late, anything else is forged.
+            known = detour.mapping(message.remote) == message.detour_port
+            self.counters.answers_late += known
+            self.counters.answers_unmatched += not known
+            return []
+        self.counters.answers += 1
+        was_down = detour.state == DetourState.DOWN
+        detour.answered(exchange, message.detour_port, now)
+        commands: list[Command] = [Note(
+            f"detour {detour.endpoint}: port {message.detour_port} leads to {message.remote}")]
+        if was_down:
+            commands.append(Note(f"detour {detour.endpoint} answers again"))
+        tokens = set(self.connections) if was_down else self._by_remote.get(message.remote, ())
+        for token in tokens:
+            commands += self._evaluate(self.connections[token], now)
+        return commands
+
+    def deadline(self) -> float | None:
+        """When tick() is next due, None when nothing is pending."""
+        return self._timers[0][0] if self._timers else None
+
+    def tick(self, now: float) -> list[Command]:
+        """Do what is due."""
+        commands: list[Command] = []
+        while self._timers and self._timers[0][0] <= now:
+            what = heapq.heappop(self._timers)[2]
+            if isinstance(what, Exchange):
+                commands += self._exchange_due(what, now)
+            elif isinstance(what, Detour):
+                commands += self._probe_due(what, now)
+            elif what in self.connections:
+                commands += self._evaluate(self.connections[what], now)
+        return commands
+
+    # -- which subflows a connection should have -----------------------------------------------
+
+    def _evaluate(self, connection: Connection, now: float) -> Iterator[Command]:
+        """Bring a connection nearer to the subflows it should have."""
+        if connection.reason_for_none:
+            return
+        direct = connection.paths[Direct]
+        if direct.state == "idle" and connection.established and now >= direct.retry_at:
+            yield self._join(connection, Direct, connection.remote, now)
+        wanted = self.settings.max_subflows
+        if connection.server_limit is not None:
+            if now >= connection.limit_until:
+                connection.server_limit = None
+            else:
+                wanted = min(wanted, connection.server_limit)
+        wanted -= sum(self._counts(path, now) for key, path in connection.paths.items()
+                      if key is not Direct)
+        for detour in self._ranked():
+            if wanted <= 0:
+                return
+            path = connection.paths.get(detour)
+            if path is not None and (path.state != "idle" or now < path.retry_at):
+                continue
+            if detour.endpoint.address.version != connection.remote.address.version:
+                continue
+            port = detour.mapping(connection.remote)
+            if detour.state == DetourState.DOWN:
+                self._hasten_probe(detour, connection.remote, now)
+            elif port is None:
+                question = self._ask(detour, connection.remote, now)
+                if question is not None:
+                    yield question
+                exchange = detour.exchanges.get(connection.remote)
+                # One that was asked twice in vain keeps no other detour waiting.
+                wanted -= exchange is not None and exchange.attempts == 1
+            elif connection.established:
+                yield self._join(connection, detour,
+                                 Endpoint(detour.endpoint.address, port), now)
+                wanted -= 1
+            else:
+                wanted -= 1
+
+    def _join(self, connection: Connection, key: Detour | None, remote: Endpoint,
+              now: float) -> CreateSubflow:
+        path = connection.paths.setdefault(key, Path())
+        path.state, path.remote, path.since = "joining", remote, now
+        self._set_timer(now + JOIN_PATIENCE, connection.token)
+        self.counters.joins += 1
+        if key is not Direct:
+            key.joins += 1
+        return CreateSubflow(connection.token, connection.local.address, remote,
+                             None if key is Direct else key.endpoint)
+
+    def _counts(self, path: Path, now: float) -> bool:
+        return path.state == "up" or (
+            path.state == "joining" and now - path.since < JOIN_PATIENCE)
+
+    def _join_refused(self, connection: Connection, key: Detour | None, path: Path,
+                      by_server: bool, now: float) -> None:
+        self.counters.joins_refused += 1
+        path.failures += 1
+        if key is not Direct:
+            key.joins_refused += 1
+            if not by_server and not path.asked_again:
+                # The detour may have dropped the mapping that we remembered: ask again, once.
+                path.asked_again = True
+                key.forget(connection.remote)
+                path.retry_at = now
+                return
+        if by_server:
+            connection.refusals += 1
+            connection.server_limit = sum(
+                other.state == "up" for other_key, other in connection.paths.items()
+                if other_key is not Direct)
+            connection.limit_until = path.retry_at = now + min(
+                LIMIT_MEMORY * 2 ** (connection.refusals - 1), LONGEST_DELAY)
+            self._set_timer(path.retry_at, connection.token)
+        else:
+            self._retry_later(connection, path, now)
+
+    def _path_lost(self, connection: Connection, path: Path, age: float, now: float) -> None:
+        self.counters.subflows_lost += 1
+        connection.server_limit = None  # there is room again
+        path.asked_again = False
+        path.failures = 1 if age > LIMIT_MEMORY else path.failures + 1
+        self._retry_later(connection, path, now)
+
+    def _retry_later(self, connection: Connection, path: Path, now: float) -> None:
+        delay = min(REPLACE_DELAY * 2 ** (max(path.failures, 1) - 1), LONGEST_DELAY)
+        path.retry_at = now + delay
+        self._set_timer(path.retry_at, connection.token)
+
+    def _adopt_subflows(self, connection: Connection, remotes: frozenset[Endpoint],
+                        now: float) -> None:
+        for remote in remotes:
+            key, path = self._find_path(connection, remote)
+            if path is None:
+                continue
+            if path.state != "up":
+                path.state, path.remote, path.since = "up", remote, now
+            if key is not Direct and key.mapping(connection.remote) is None:
+                key.remember(connection.remote, remote.port)
+        for path in connection.paths.values():
+            if path.state != "idle" and path.remote not in remotes:
+                path.state = "idle"
+                self._path_lost(connection, path, now - path.since, now)
+
+    def _find_path(self, connection: Connection, remote: Endpoint
+                   ) -> tuple[Detour | None, Path | None]:
+        """The path whose packets go to ``remote``; a subflow that others made counts too."""
+        if remote == connection.remote:
+            return Direct, connection.paths[Direct]
+        detour = self._by_address.get(remote.address)
+        if detour is None:
+            return None, None
+        return detour, connection.paths.setdefault(detour, Path())
+
+    def _reason_for_none(self, remote: Endpoint, server_side: bool, deny_join: bool,
+                         on_link: bool) -> str:
+        address = remote.address
+        within = [network for network in self.settings.exclude if address in network]
+        if server_side:
+            return "it came in from outside"
+        if deny_join:
+            return "the server wants no further subflows (C flag)"
+        if address.is_loopback:
+            return "it stays on this host"
+        if address in self._by_address:
+            return "it goes to a detour itself"
+        if within:
+            return f"{within[0]} is excluded"
+        if on_link and not any(address in network for network in self.settings.include):
+            return "the remote is on link (see --include)"
+        return ""
+
+    def _forget(self, token: int) -> None:
+        connection = self.connections.pop(token, None)
+        if connection is not None:
+            tokens = self._by_remote[connection.remote]
+            tokens.discard(token)
+            if not tokens:
+                del self._by_remote[connection.remote]
+
+    # -- asking detours ------------------------------------------------------------------------
+
+    def _ranked(self) -> list[Detour]:
+        if self.settings.prefer == "order" or len(self.detours) < 2:
+            return self.detours
+        # One that never answered comes first, so that its round-trip time becomes known.
+        return sorted(self.detours, key=lambda detour: (detour.rtt or 0.0, detour.order))
+
+    def _ask(self, detour: Detour, remote: Endpoint, now: float) -> SendDatagram | None:
+        """Ask for a mapping, unless that is already under way or was lately refused."""
+        exchange = detour.begin(remote, now)
+        return None if exchange is None else self._send(exchange, now)
+
+    def _send(self, exchange: Exchange, now: float) -> SendDatagram:
+        self.counters.requests += 1
+        self.counters.retransmissions += exchange.attempts > 0
+        exchange.sent(now, self._random.uniform(0.9, 1.1))
+        self._set_timer(exchange.due, exchange)
+        # A client proposes the remote's own port.
+        request = mproxy.v1.Request(exchange.remote, exchange.remote.port)
+        return SendDatagram(exchange.detour.endpoint, mproxy.v1.encode(request))
+
+    def _exchange_due(self, exchange: Exchange, now: float) -> Iterator[Command]:
+        detour = exchange.detour
+        if detour.exchanges.get(exchange.remote) is not exchange or now < exchange.due:
+            return
+        tokens: Iterable[int] = self._by_remote.get(exchange.remote, ())
+        if exchange.may_retry:
+            yield self._send(exchange, now)
+        else:
+            was_down = detour.state == DetourState.DOWN
+            remote_to_check = detour.gave_up(exchange, now)
+            if remote_to_check is not None:
+                yield self._send(detour.begin_probe(remote_to_check, now), now)
+            if detour.state == DetourState.DOWN:
+                interval = self.settings.probe_interval * self._random.uniform(0.9, 1.1)
+                self._schedule_probe(detour, now + interval)
+                if not was_down:
+                    yield Note(f"detour {detour.endpoint} does not answer")
+                    tokens = self.connections
+            elif detour.refuses(exchange.remote, now):
+                yield Note(f"detour {detour.endpoint} gives no mapping to {exchange.remote}")
+        for token in tokens:
+            yield from self._evaluate(self.connections[token], now)
+
+    def _hasten_probe(self, detour: Detour, remote: Endpoint, now: float) -> None:
+        """A connection wants a silent detour: probe with its remote, and rather soon.
+
+        The last remote asked for may have been one that the detour does not serve.
+        """
+        if detour.probe_remote != remote and not detour.exchanges:
+            detour.probe_remote = remote
+            self._schedule_probe(detour, min(detour.probe_at, detour.earliest_probe(now)))
+
+    def _schedule_probe(self, detour: Detour, when: float) -> None:
+        detour.probe_at = when
+        self._set_timer(when, detour)
+
+    def _probe_due(self, detour: Detour, now: float) -> Iterator[Command]:
+        if (detour.state == DetourState.DOWN and detour.probe_remote is not None
+                and now >= detour.probe_at):
+            yield self._send(detour.begin_probe(detour.probe_remote, now), now)
+
+    def _set_timer(self, when: float, what: Exchange | Detour | int) -> None:
+        heapq.heappush(self._timers, (when, next(self._tie_break), what))

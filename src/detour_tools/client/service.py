@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The client daemon: feeds the machine with events and datagrams, and performs its commands."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterable
+from ipaddress import ip_address
+from random import Random
+from typing import Any
+
+from detour_tools import control, mproxy, runtime, sdnotify
+from detour_tools.client.machine import Command, CreateSubflow, Machine, Note, SendDatagram, Snapshot
+from detour_tools.client.settings import ClientSettings
+from detour_tools.endpoint import Endpoint
+from detour_tools.errors import UserError
+from detour_tools.log import BoundedLog
+from detour_tools.netlink.inet_diag import InetDiag
+from detour_tools.netlink.route import Routes
+from detour_tools.pathmanager.base import (
+    ConnectionClosed,
+    ConnectionCreated,
+    ConnectionEstablished,
+    Event,
+    EventsLostError,
+    PathManager,
+    SubflowClosed,
+    SubflowEstablished,
+)
+
+PROGRAM = "detour-client"
+
+# Events and datagrams handled before the event loop turns again.
+_PER_TURN = 256
+
+log = logging.getLogger(__name__)
+
+
+class ClientService:
+    """Runs a machine on a path manager until told to stop."""
+
+    def __init__(self, detours: Iterable[Endpoint], settings: ClientSettings,
+                 path_manager: PathManager) -> None:
+        self._settings = settings
+        self._machine = Machine(detours, settings, Random())
+        self._path_manager = path_manager
+        self._routes = Routes()
+        self._diag = InetDiag()
+        self._bounded = BoundedLog(log)
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket.setblocking(False)
+        self._socket.bind(("0.0.0.0", 0))  # noqa: S104 - answers come to any of our addresses
+        self._overruns = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopping = asyncio.Event()
+        self._failed = False
+
+    async def run(self) -> None:
+        """Serve until SIGINT or SIGTERM; raises UserError when it cannot start."""
+        loop = asyncio.get_running_loop()
+        lock = runtime.InstanceLock(PROGRAM)
+        server = control.ControlServer(PROGRAM, {"status": self._status},
+                                       self._settings.control_group)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stopping.set)
+        try:
+            await server.start()
+            self._path_manager.start()
+            loop.add_reader(self._path_manager.fileno(), self._guarded(self._on_events))
+            loop.add_reader(self._socket.fileno(), self._guarded(self._on_datagrams))
+            self._resynchronise()
+            log.info("ready: detours %s", ", ".join(
+                str(detour.endpoint) for detour in self._machine.detours))
+            sdnotify.ready()
+            async with sdnotify.watchdog():
+                await self._stopping.wait()
+            log.info("stopping; connections keep the subflows they have")
+        finally:
+            sdnotify.stopping()
+            with contextlib.suppress(ValueError, OSError):
+                loop.remove_reader(self._path_manager.fileno())
+                loop.remove_reader(self._socket.fileno())
+            self._path_manager.stop()
+            await server.stop()
+            self._socket.close()
+            lock.release()
+        if self._failed:
+            raise UserError("stopped by an error of its own, logged above", "please report it")
+
+    # -- from the kernel and the network -------------------------------------------------------
+
+    def _on_events(self) -> None:
+        for _ in range(_PER_TURN):
+            try:
+                events = self._path_manager.receive()
+            except EventsLostError:
+                self._overruns += 1
+                self._bounded.warning("overrun", "the kernel had more events than we could read")
+                self._drain_events()
+                self._resynchronise()
+                return
+            if events is None:
+                break
+            for event in events:
+                self._on_event(event)
+        self._set_timer()
+
+    def _on_event(self, event: Event) -> None:
+        now = self._now()
+        machine = self._machine
+        if isinstance(event, ConnectionCreated):
+            commands = machine.created(event, self._is_on_link(event.remote), now)
+            connection = machine.connections[event.token]
+            log.info("connection %08x %s -> %s created%s", event.token, event.local, event.remote,
+                     f": no detour, {connection.reason_for_none}"
+                     if connection.reason_for_none else "")
+        elif isinstance(event, ConnectionEstablished):
+            log.debug("connection %08x established", event.token)
+            commands = machine.established(event, self._is_on_link(event.remote), now)
+        elif isinstance(event, ConnectionClosed):
+            log.info("connection %08x closed", event.token)
+            commands = machine.closed(event.token)
+        elif isinstance(event, SubflowEstablished):
+            log.info("connection %08x has subflow %s -> %s", event.token, event.local,
+                     event.remote)
+            commands = machine.subflow_established(event, now)
+        else:
+            log.info("connection %08x lost subflow %s -> %s%s", event.token, event.local,
+                     event.remote, _why(event))
+            commands = machine.subflow_closed(event, now)
+        self._perform(commands)
+
+    def _drain_events(self) -> None:
+        """Handle what is left in the socket: it is older than what we are about to look at."""
+        while True:
+            try:
+                events = self._path_manager.receive()
+            except EventsLostError:
+                continue
+            if events is None:
+                return
+            for event in events:
+                self._on_event(event)
+
+    def _on_datagrams(self) -> None:
+        for _ in range(_PER_TURN):
+            try:
+                payload, (host, port) = self._socket.recvfrom(mproxy.MAX_DATAGRAM)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                log.debug("receiving: %s", error)
+                continue
+            self._perform(self._machine.datagram(
+                Endpoint(ip_address(host), port), payload, self._now()))
+        self._set_timer()
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._perform(self._machine.tick(self._now()))
+        self._set_timer()
+
+    def _resynchronise(self) -> None:
+        found = [Snapshot(
+            connection.token, connection.local, connection.remote, connection.passive,
+            self._is_on_link(connection.remote), connection.established,
+            frozenset(subflow.remote for subflow in connection.subflows),
+        ) for connection in self._diag.connections()]
+        if found:
+            log.info("%d connections found in the kernel", len(found))
+        self._perform(self._machine.resynchronise(found, self._now()))
+        self._set_timer()
+
+    def _is_on_link(self, remote: Endpoint) -> bool:
+        return self._routes.is_on_link(remote.address)
+
+    # -- to the kernel and the network ---------------------------------------------------------
+
+    def _perform(self, commands: Iterable[Command]) -> None:
+        pending = list(commands)
+        while pending:
+            command = pending.pop(0)
+            if isinstance(command, SendDatagram):
+                self._send(command)
+            elif isinstance(command, Note):
+                log.info("%s", command.text)
+            else:
+                pending += self._create_subflow(command)
+
+    def _send(self, command: SendDatagram) -> None:
+        log.debug("asking %s for a mapping", command.detour)
+        try:
+            self._socket.sendto(command.payload,
+                                (str(command.detour.address), command.detour.port))
+        except OSError as error:  # as good as lost on the way: it is sent again
+            self._bounded.warning("send", "cannot send to detour %s: %s", command.detour, error)
+
+    def _create_subflow(self, command: CreateSubflow) -> list[Command]:
+        try:
+            self._path_manager.create_subflow(command.token, command.local, command.remote)
+        except OSError as error:
+            self._bounded.warning("join", "connection %08x: the kernel did not join %s: %s",
+                                  command.token, command.remote, error.strerror)
+            return self._machine.join_failed(command, error.errno or 0, self._now())
+        log.info("connection %08x joins %s", command.token, command.remote)
+        return []
+
+    # -- time ----------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _set_timer(self) -> None:
+        deadline = self._machine.deadline()
+        if self._timer is not None:
+            if deadline is not None and self._timer.when() <= deadline:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if deadline is not None:
+            self._timer = asyncio.get_running_loop().call_at(deadline, self._guarded(
+                self._on_timer))
+
+    def _guarded(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """A callback whose failure stops the daemon in order, for systemd to start it anew."""
+        def call() -> None:
+            try:
+                callback()
+            except Exception:
+                log.exception("internal error")
+                self._failed = True
+                self._stopping.set()
+        return call
+
+    # -- status --------------------------------------------------------------------------------
+
+    async def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
+        machine = self._machine
+        via = {detour.endpoint.address: str(detour.endpoint.address)
+               for detour in machine.detours}
+        connections = []
+        for found in self._diag.connections():
+            known = machine.connections.get(found.token)
+            connections.append({
+                "token": f"{found.token:08x}",
+                "local": str(found.local),
+                "remote": str(found.remote),
+                "no_detour_because": known.reason_for_none or None if known else None,
+                "subflows": [{
+                    "via": (None if subflow.remote == found.remote
+                            else via.get(subflow.remote.address)),
+                    "local": str(subflow.local),
+                    "remote": str(subflow.remote),
+                    "state": subflow.state,
+                    "bytes_sent": subflow.bytes_sent,
+                    "bytes_received": subflow.bytes_received,
+                    "rtt_ms": subflow.rtt_ms,
+                    "retransmissions": subflow.retransmissions,
+                } for subflow in found.subflows],
+            })
+        return {
+            "path_manager": "userspace",
+            "detours": [{
+                "address": str(detour.endpoint.address),
+                "port": detour.endpoint.port,
+                "state": detour.state.value,
+                "rtt_ms": None if detour.rtt is None else round(detour.rtt * 1000, 3),
+                "mappings": detour.mapping_count,
+                "joins": detour.joins,
+                "joins_established": detour.joins_established,
+                "joins_refused": detour.joins_refused,
+            } for detour in machine.detours],
+            "connections": connections,
+            "counters": dataclasses.asdict(machine.counters) | {"overruns": self._overruns},
+        }
+
+
+def _why(event: SubflowClosed) -> str:
+    words = []
+    if event.error:
+        words.append(os.strerror(event.error))
+    if event.reset_reason is not None:
+        words.append(f"reset reason {event.reset_reason}")
+    return f": {', '.join(words)}" if words else ""
