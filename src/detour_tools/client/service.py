@@ -14,7 +14,14 @@ from random import Random
 from typing import Any
 
 from detour_tools import control, mproxy, runtime, sdnotify
-from detour_tools.client.machine import Command, CreateSubflow, Machine, Note, SendDatagram, Snapshot
+from detour_tools.client.machine import (
+    Command,
+    CreateSubflow,
+    Machine,
+    Note,
+    SendDatagram,
+    Snapshot,
+)
 from detour_tools.client.settings import ClientSettings
 from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Names to addresses, and one exchange with a detour by hand."""
+
+import socket
+import time
+from ipaddress import IPv4Address, ip_address
+
+from detour_tools import mproxy
+from detour_tools.client.detours import Detour, Exchange
+from detour_tools.endpoint import Endpoint, split_host_port
+from detour_tools.errors import UserError
+
+
+def resolve(text: str, default_port: int | None = None) -> Endpoint:
+    """The IPv4 endpoint that ``HOST[:PORT]`` means; raises UserError.
+
+    Version 1 of the protocol knows no IPv6, neither for detours nor for remotes.
+    """
+    host, port = split_host_port(text, default_port)
+    try:
+        found = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else "not a name"
+        raise UserError(f"'{host}' is no IPv4 address and no name of one: {reason}",
+                        "check the spelling, or /etc/resolv.conf") from None
+    address = ip_address(found[0][4][0])
+    if address.is_unspecified or address.is_multicast or address == IPv4Address("255.255.255.255"):
+        raise UserError(f"{address} is not the address of a host")
+    return Endpoint(address, port)
+
+
+def resolve_detours(texts: tuple[str, ...]) -> list[Endpoint]:
+    """The detours, each once, in the given order; raises UserError."""
+    return list(dict.fromkeys(resolve(text, mproxy.PORT) for text in texts))
+
+
+def request_mapping(detour: Endpoint, remote: Endpoint, port: int) -> tuple[int, float]:
+    """Ask ``detour`` for a mapping to ``remote``, proposing ``port`` (0: any).
+
+    Returns the detour port and the seconds the answer took; raises UserError when none came.
+    """
+    clock = Exchange(Detour(detour, 0), remote, 0.0, 4)
+    question = mproxy.v1.encode(mproxy.v1.Request(remote, port))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
+        try:
+            channel.connect((str(detour.address), detour.port))
+            while clock.may_retry:
+                clock.sent(time.monotonic(), 1.0)
+                channel.send(question)
+                answered = _await_answer(channel, remote, clock.due)
+                if answered is not None:
+                    return answered, time.monotonic() - clock.last_sent
+        except ConnectionRefusedError:
+            raise UserError(f"nothing listens on UDP {detour.port} at {detour.address}",
+                            "is detour-server running there?") from None
+        except OSError as error:
+            raise UserError(f"cannot reach {detour}: {error.strerror}") from None
+    raise UserError(f"detour {detour} did not answer",
+                    "a firewall may drop UDP there, or the detour refuses this client or "
+                    "remote: see the detour-server's log")
+
+
+def _await_answer(channel: socket.socket, remote: Endpoint, until: float) -> int | None:
+    while (left := until - time.monotonic()) > 0:
+        channel.settimeout(left)
+        try:
+            answer = mproxy.decode(channel.recv(mproxy.MAX_DATAGRAM))
+        except TimeoutError:
+            break
+        except mproxy.MalformedMessageError:
+            continue
+        if isinstance(answer, mproxy.v1.Response) and answer.remote == remote and (
+                answer.detour_port):
+            return answer.detour_port
+    return None
