@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Fixtures for tests on network namespaces; every engineer's tests stand on them.
+
+``lab`` is the reference network, unshaped (fast, and without delay), new for each test.
+"""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from detour_tools.lab.captures import Capture
+from detour_tools.lab.daemons import Daemon
+from detour_tools.lab.network import Host, Lab
+from detour_tools.lab.topology import Topology, reference_topology
+
+MakeLab = Callable[..., Lab]
+StartServer = Callable[..., Daemon]
+StartClient = Callable[..., Daemon]
+StartCapture = Callable[..., Capture]
+Start = Callable[..., Daemon]
+
+_numbers = itertools.count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "/netns/" in str(item.path) and os.geteuid() != 0:
+            pytest.exit("the tests on network namespaces need root: use 'make test'", 1)
+
+
+def unique_lab_name() -> str:
+    """No two tests share a lab, also when several runs share the machine."""
+    return f"t{os.getpid()}x{next(_numbers)}"
+
+
+@pytest.fixture
+def make_lab() -> Iterator[MakeLab]:
+    """Bring up a lab of a topology: ``make_lab(reference_topology(detours=3))``."""
+    with contextlib.ExitStack() as stack:
+        def make(topology: Topology | None = None) -> Lab:
+            wanted = topology or reference_topology(rates_mbps=None)
+            return stack.enter_context(Lab(wanted, unique_lab_name()))
+        yield make
+
+
+@pytest.fixture
+def lab(make_lab: MakeLab) -> Lab:
+    """The reference network with one detour, unshaped."""
+    return make_lab()
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Run a program in the background: ``start(host, [program, argument...])``.
+
+    Whatever still runs at the end of the test is stopped.
+    """
+    started: list[Daemon] = []
+
+    def run(host: Host, command: list[object]) -> Daemon:
+        started.append(Daemon(host, command))
+        return started[-1]
+
+    yield run
+    for daemon in reversed(started):
+        daemon.stop()
+
+
+@pytest.fixture
+def start_server(start: Start) -> StartServer:
+    """Run ``detour-server`` and wait until it serves: ``start_server(lab.host("detour"))``.
+
+    The lab's server has a private address, so unless ``arguments`` are given, that is allowed.
+    """
+    def run(host: Host, *arguments: object) -> Daemon:
+        daemon = start(host, ["detour-server", *(arguments or ("--allow-remote", "10.0.0.0/8"))])
+        daemon.wait_control_socket()
+        return daemon
+
+    return run
+
+
+@pytest.fixture
+def start_client(start: Start) -> StartClient:
+    """Run ``detour-client daemon``: ``start_client(lab.host("client"), "detour")``."""
+    def run(host: Host, *arguments: object) -> Daemon:
+        daemon = start(host, ["detour-client", "daemon", *arguments])
+        daemon.wait_control_socket()
+        return daemon
+
+    return run
+
+
+@pytest.fixture
+def start_capture(tmp_path: Path) -> Iterator[StartCapture]:
+    """Capture: ``with start_capture(host, "L1") as capture: ...``, then ``capture.path``."""
+    with contextlib.ExitStack() as stack:
+        def run(host: Host, interface: str, expression: str = "") -> Capture:
+            path = tmp_path / f"{host.name}-{interface}-{next(_numbers)}.pcap"
+            return stack.enter_context(Capture(host, interface, path, expression=expression))
+        yield run
