@@ -280,9 +280,12 @@ def reference_topology(config: Config = "core-limited", l2_loss: float = 0.0,
     hosts = [Host("client"), Host("server"), *(Host(branch.detour) for branch in branches),
              Host("r1", True), Host("r2", True),
              *(Host(branch.router, True) for branch in branches)]
-    shape = "unshaped" if rates_mbps is None else config
-    count = "one detour" if detours == 1 else f"{detours} detours"
-    return Topology(f"reference network, {shape}, {count}",
+    notes = ["unshaped" if rates_mbps is None else config,
+             "one detour" if detours == 1 else f"{detours} detours"]
+    notes += [f"{name} {rate:g} Mbit/s" for name, rate in sorted((rates_mbps or {}).items())]
+    notes += [f"L2 loses {l2_loss:g} %"] if l2_loss else []
+    notes += [f"L2 delays {l2_delay_ms:g} ms"] if l2_delay_ms != _DELAY_MS else []
+    return Topology("reference network: " + ", ".join(notes),
                     tuple(hosts), tuple(links), tuple(_routes(branches)))
 
 
