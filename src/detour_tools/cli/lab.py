@@ -227,6 +227,6 @@ def _print_drawing(topology: Topology, cut: frozenset[str]) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from detour_tools.lab import demo  # noqa: PLC0415  (matplotlib is slow to load)
+    from detour_tools.lab.demo import run  # noqa: PLC0415  (matplotlib is slow to load)
 
-    return demo.run(arguments.output)
+    return run(arguments.output)
