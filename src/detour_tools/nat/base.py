@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a NAT back end does. All of it blocks: call it from one worker thread."""
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+from detour_tools.mapping import Mapping
+
+
+class NatError(Exception):
+    """The kernel did not take a change; nothing of it was done."""
+
+
+class NatBackend(Protocol):
+    """Keeps the kernel's rules for mappings: DNAT of their flows, and SNAT of just those."""
+
+    @property
+    def name(self) -> str:
+        """What the back end is called in options and messages."""
+
+    def open(self) -> None:
+        """Get ready for use; raises UserError where this back end cannot be used."""
+
+    def leftovers(self) -> list[Mapping] | None:
+        """The mappings our rules in the kernel hold now; None when no rules of ours are there.
+
+        Changes nothing, loads nothing, and may be asked before ``open``. Raises NatError.
+        """
+
+    def install(self, mappings: Collection[Mapping], capacity: int) -> None:
+        """Make our rules anew, holding exactly these mappings, in one step.
+
+        There must be room for ``capacity`` mappings. Raises NatError.
+        """
+
+    def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
+        """Remove, then add mappings, all in one step. Raises NatError."""
+
+    def intact(self) -> bool:
+        """Whether our rules still stand; cheap, and blind to changes within them."""
+
+    def uninstall(self) -> None:
+        """Remove all that is ours; fine when there is nothing. Raises NatError."""

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which back end to use, and what the others have left in the kernel."""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from detour_tools.errors import UserError
+from detour_tools.mapping import Mapping
+from detour_tools.nat.base import NatBackend, NatError
+from detour_tools.nat.iptables import IptablesBackend
+from detour_tools.nat.nftables import NftablesBackend
+
+log = logging.getLogger(__name__)
+
+# In order of preference.
+_BACKENDS: dict[str, Callable[[], NatBackend]] = {
+    "nftables": NftablesBackend,
+    "iptables": IptablesBackend,
+}
+
+AUTO = "auto"
+CHOICES = (AUTO, *_BACKENDS)
+
+
+class Chosen(NamedTuple):
+    """The back end to use, the others that have something left, and the mappings found."""
+
+    backend: NatBackend
+    others: list[NatBackend]
+    found: list[Mapping]
+
+
+def choose(wanted: str) -> Chosen:
+    """Open the back end that was asked for (``auto``: the first that works here).
+
+    Raises UserError when it cannot be used.
+    """
+    backend = _open(wanted)
+    found = _leftovers(backend) or []
+    others = []
+    for name, make in _BACKENDS.items():
+        if name == backend.name:
+            continue
+        other = make()
+        left = _leftovers(other)
+        if left is not None:
+            others.append(other)
+            found += left
+    return Chosen(backend, others, found)
+
+
+def _open(wanted: str) -> NatBackend:
+    reasons = []
+    for name, make in _BACKENDS.items():
+        if wanted not in (name, AUTO):
+            continue
+        backend = make()
+        try:
+            backend.open()
+        except UserError as error:
+            if wanted == name:
+                raise
+            reasons.append(error.message)
+        else:
+            return backend
+    raise UserError("no NAT back end can be used: " + "; ".join(reasons),
+                    "apt install python3-nftables")
+
+
+def _leftovers(backend: NatBackend) -> list[Mapping] | None:
+    try:
+        return backend.leftovers()
+    except (NatError, UserError) as error:
+        log.warning("cannot read what %s rules were left from before: %s", backend.name, error)
+        return None

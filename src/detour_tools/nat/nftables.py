@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The nftables back end: one table of ours, one map and one set.
+
+A mapping is one element of the map (for DNAT) and one of the set (for SNAT), so that neither a
+commit nor a packet gets dearer with their number.
+"""
+
+import importlib
+import json
+import struct
+from collections.abc import Collection, Iterable, Sequence
+from ipaddress import ip_address
+from typing import Any
+
+from detour_tools.endpoint import Endpoint
+from detour_tools.errors import UserError
+from detour_tools.mapping import Mapping
+from detour_tools.nat.base import NatError
+from detour_tools.netlink import codec
+from detour_tools.netlink.socket import NetlinkSocket
+
+TABLE = "detour-tools"
+
+# Ours come just before the host's own NAT (-100 and 100), so that a mapping that was answered
+# means what the answer said. Only flows that are ours match, everything else passes on.
+#
+# 'ct status dnat': without it a plain forwarded flow of a client to a mapped remote would be
+# masqueraded, where the detour is also the client's router.
+_RULESET = """
+add table ip {table}
+delete table ip {table}
+table ip {table} {{
+    comment "detour-server: made, changed and removed by it"
+    map mappings {{
+        type ipv4_addr . inet_service : ipv4_addr . inet_service
+        size {size}
+    }}
+    set mapped {{
+        type ipv4_addr . inet_service . ipv4_addr . inet_service
+        size {size}
+    }}
+    chain prerouting {{
+        type nat hook prerouting priority dstnat - 1; policy accept;
+        fib daddr type local meta l4proto tcp dnat to ip saddr . tcp dport map @mappings
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority srcnat - 1; policy accept;
+        ct status dnat meta l4proto tcp ip saddr . ct original proto-dst . ip daddr . tcp dport \
+@mapped masquerade
+    }}
+}}
+"""
+
+_NETLINK_NETFILTER = 12
+_GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
+_NFGENMSG_IPV4 = struct.pack("=BBH", 2, 0, 0)
+_NFTA_TABLE_NAME = 1
+_NFTA_TABLE_HANDLE = 4
+
+# Elements a command: what libnftables takes in one go has no limit, but its parser's memory.
+_CHUNK = 4096
+
+
+def _context() -> Any:
+    try:
+        return importlib.import_module("nftables").Nftables()
+    except (ImportError, OSError) as error:
+        raise UserError(f"the nftables back end needs libnftables and its Python binding: {error}",
+                        "apt install python3-nftables, or use --backend iptables") from None
+
+
+class NftablesBackend:
+    """Mappings as elements of an nftables map, through libnftables in this process."""
+
+    name = "nftables"
+
+    def __init__(self) -> None:
+        self._nft: Any = None
+        self._netlink = NetlinkSocket(_NETLINK_NETFILTER)
+        self._handle = b""
+
+    def open(self) -> None:
+        """Load libnftables, and see that the kernel answers it."""
+        self._nft = _context()
+        status, _, text = self._nft.cmd(f"list table ip {TABLE}-probe")
+        if status and "No such file" not in text:
+            raise UserError(f"nftables cannot be used: {_first_line(text)}",
+                            "the kernel needs nf_tables, or use --backend iptables")
+
+    def leftovers(self) -> list[Mapping] | None:
+        """The elements of our table's map."""
+        if self._table_handle() is None:
+            return None
+        # A context of its own: the other's cache would keep a copy of all elements.
+        nft = _context()
+        nft.set_json_output(True)
+        nft.set_numeric_proto_output(True)
+        status, output, error = nft.cmd(f"list map ip {TABLE} mappings")
+        if status:
+            if "No such file" in error:  # a table of ours, but not as we make it
+                return []
+            raise NatError(_first_line(error))
+        return [_mapping(*element) for item in json.loads(output)["nftables"]
+                for element in item.get("map", {}).get("elem", ())]
+
+    def install(self, mappings: Collection[Mapping], capacity: int) -> None:
+        """Make our table anew; a table that stood there is replaced in the same transaction."""
+        self._run(_RULESET.format(table=TABLE, size=capacity)
+                  + "".join(_elements("add", mappings)))
+        self._handle = self._table_handle() or b""
+
+    def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
+        """Remove, then add elements in one transaction."""
+        self._run("".join((*_elements("delete", remove), *_elements("add", add))))
+
+    def intact(self) -> bool:
+        """Whether the table is the one we made."""
+        return bool(self._handle) and self._table_handle() == self._handle
+
+    def uninstall(self) -> None:
+        """Remove our table."""
+        if self._nft is None:
+            self.open()
+        self._run(f"add table ip {TABLE}\ndelete table ip {TABLE}\n")
+        self._handle = b""
+
+    def _run(self, commands: str) -> None:
+        status, _, error = self._nft.cmd(commands)
+        if status:
+            raise NatError(_first_line(error))
+
+    def _table_handle(self) -> bytes | None:
+        # By hand: libnftables would read every element to answer this.
+        request = _NFGENMSG_IPV4 + codec.attribute(_NFTA_TABLE_NAME, TABLE.encode() + b"\0")
+        try:
+            answers = self._netlink.request(_GETTABLE, request)
+        except OSError:
+            return None
+        return codec.attributes(answers[0].payload[4:]).get(_NFTA_TABLE_HANDLE, b"")
+
+
+def _elements(verb: str, mappings: Collection[Mapping]) -> Iterable[str]:
+    listed = list(mappings)
+    for start in range(0, len(listed), _CHUNK):
+        chunk = listed[start:start + _CHUNK]
+        pairs = ",".join(f"{client} . {port} : {remote.address} . {remote.port}"
+                         for client, port, remote in chunk)
+        flows = ",".join(f"{client} . {port} . {remote.address} . {remote.port}"
+                         for client, port, remote in chunk)
+        yield f"{verb} element ip {TABLE} mappings {{ {pairs} }}\n"
+        yield f"{verb} element ip {TABLE} mapped {{ {flows} }}\n"
+
+
+def _mapping(key: dict[str, Any], value: dict[str, Any]) -> Mapping:
+    client, detour_port = key["concat"]
+    address, port = value["concat"]
+    return Mapping(ip_address(client), int(detour_port),
+                   Endpoint(ip_address(address), int(port)))
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0].removeprefix("Error: ") or "no reason given"

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who may ask, how often, how much, and where to; pure.
+
+A detour is not an open relay: unless told otherwise it serves private addresses only, and
+relays to public ones only. Nothing in a datagram proves its source, so that nothing here keeps
+state without bound for a source.
+"""
+
+import enum
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_network
+
+from detour_tools.endpoint import Endpoint, IPAddress
+
+Network = IPv4Network | IPv6Network
+
+_BUCKETS = 65536
+
+
+class Refusal(enum.Enum):
+    """Why a request was refused."""
+
+    CLIENT = "the client is not allowed (see --allow-client)"
+    RATE = "the client asks too often (see --rate)"
+    PORT = "the remote port is 0"
+    UNSPECIFIED = "the remote is unspecified"
+    LOOPBACK = "the remote is loopback"
+    LINK_LOCAL = "the remote is link-local"
+    MULTICAST = "the remote is multicast"
+    BROADCAST = "the remote is broadcast"
+    RESERVED = "the remote is reserved"
+    DETOUR = "the remote is the detour itself"
+    PRIVATE = "the remote is private (see --allow-remote)"
+    CLIENT_FULL = "the client has too many mappings (see --max-per-client)"
+    FULL = "there are too many mappings (see --max-mappings)"
+    NO_PORT = "no port is free for the client"
+
+    @property
+    def key(self) -> str:
+        """Its name in statistics."""
+        return self.name.lower().replace("_", "-")
+
+
+# RFC 1918, RFC 4193
+_PRIVATE_CLIENTS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+# Also what the IANA special-purpose registries call not globally reachable and in private use:
+# shared (RFC 6598), protocol assignments (RFC 6890), benchmarking (RFC 2544).
+_PRIVATE_REMOTES = (*_PRIVATE_CLIENTS, "100.64.0.0/10", "192.0.0.0/24", "198.18.0.0/15")
+# The first that matches names the reason.
+_NEVER = (
+    (Refusal.UNSPECIFIED, ("0.0.0.0/32", "::/128")),
+    (Refusal.LOOPBACK, ("127.0.0.0/8", "::1/128")),
+    (Refusal.LINK_LOCAL, ("169.254.0.0/16", "fe80::/10")),
+    (Refusal.MULTICAST, ("224.0.0.0/4", "ff00::/8")),
+    (Refusal.BROADCAST, ("255.255.255.255/32",)),
+    (Refusal.RESERVED, ("0.0.0.0/8", "240.0.0.0/4")),
+)
+
+
+class NetworkSet:
+    """Networks, to ask whether an address is in one of them.
+
+    On integers: ``address in network`` costs a microsecond each, on every request.
+    """
+
+    def __init__(self, networks: Iterable[Network]) -> None:
+        self._by_version: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
+        for network in networks:
+            self._by_version[network.version].append(
+                (int(network.netmask), int(network.network_address)))
+
+    def __contains__(self, address: IPAddress) -> bool:
+        number = int(address)
+        return any(number & mask == base for mask, base in self._by_version[address.version])
+
+
+def _networks(texts: Iterable[str]) -> NetworkSet:
+    return NetworkSet(ip_network(text) for text in texts)
+
+
+_PRIVATE_CLIENT_SET = _networks(_PRIVATE_CLIENTS)
+_PRIVATE_REMOTE_SET = _networks(_PRIVATE_REMOTES)
+_NEVER_SETS = [(refusal, _networks(texts)) for refusal, texts in _NEVER]
+_NEVER_SET = _networks(text for _, texts in _NEVER for text in texts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What the administrator decides. ``rate`` is requests a second of one client, 0 is no limit.
+
+    With ``allow_clients`` empty, clients are those with private addresses.
+    """
+
+    allow_clients: tuple[Network, ...] = ()
+    allow_remotes: tuple[Network, ...] = ()
+    rate: float = 0.0
+    max_per_client: int
+    max_mappings: int
+
+
+class RateLimiter:
+    """A token bucket a client, holding one second's worth of requests (at least one).
+
+    Only so many buckets are kept; the one longest unused goes first, which for a client that
+    keeps to the rate makes no difference.
+    """
+
+    def __init__(self, rate: float, buckets: int = _BUCKETS) -> None:
+        self._rate = rate
+        self._capacity = max(1.0, rate)
+        self._limit = buckets
+        self._buckets: OrderedDict[IPAddress, tuple[float, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def allows(self, client: IPAddress, now: float) -> bool:
+        """Whether the client may ask at ``now`` (seconds)."""
+        if not self._rate:
+            return True
+        tokens, since = self._buckets.get(client, (self._capacity, now))
+        tokens = min(self._capacity, tokens + (now - since) * self._rate)
+        allowed = tokens >= 1.0
+        self._buckets[client] = (tokens - 1.0 if allowed else tokens, now)
+        self._buckets.move_to_end(client)
+        if len(self._buckets) > self._limit:
+            self._buckets.popitem(last=False)
+        return allowed
+
+
+class Policy:
+    """Applies the rules, and counts what they refuse."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.refused: Counter[Refusal] = Counter()
+        self.set_rules(rules)
+
+    def set_rules(self, rules: Rules) -> None:
+        """Go by other rules from now on."""
+        self.rules = rules
+        self._clients = (NetworkSet(rules.allow_clients) if rules.allow_clients
+                         else _PRIVATE_CLIENT_SET)
+        self._remotes = NetworkSet(rules.allow_remotes)
+        self._limiter = RateLimiter(rules.rate)
+
+    def count(self, refusal: Refusal) -> Refusal:
+        """Note a refusal that was decided elsewhere."""
+        self.refused[refusal] += 1
+        return refusal
+
+    def check_client(self, client: IPAddress, now: float) -> Refusal | None:
+        """Whether the client may ask at all, and now."""
+        if client not in self._clients:
+            return self.count(Refusal.CLIENT)
+        if not self._limiter.allows(client, now):
+            return self.count(Refusal.RATE)
+        return None
+
+    def check_remote(self, remote: Endpoint, *, own: bool, broadcast: bool) -> Refusal | None:
+        """Whether a mapping to the remote may be made.
+
+        ``own``: the address is one of the detour's; ``broadcast``: a subnet's broadcast address.
+        """
+        if not remote.port:
+            return self.count(Refusal.PORT)
+        address = remote.address
+        if address in _NEVER_SET:
+            return self.count(next(refusal for refusal, networks in _NEVER_SETS
+                                   if address in networks))
+        if own:
+            return self.count(Refusal.DETOUR)
+        if broadcast:
+            return self.count(Refusal.BROADCAST)
+        if address in _PRIVATE_REMOTE_SET and address not in self._remotes:
+            return self.count(Refusal.PRIVATE)
+        return None
+
+    def check_room(self, of_client: int, in_all: int) -> Refusal | None:
+        """Whether there is room for one more mapping, with so many there."""
+        if in_all >= self.rules.max_mappings:
+            return self.count(Refusal.FULL)
+        if of_client >= self.rules.max_per_client:
+            return self.count(Refusal.CLIENT_FULL)
+        return None

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which mappings there are, and which detour port a new one gets; pure.
+
+The four rules of MPROXY v1, in their order: the client has a mapping to the remote already;
+it proposes no port; it proposes one that cannot be had; it gets what it asked for.
+"""
+
+import enum
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from random import Random
+from typing import NamedTuple
+
+from detour_tools.endpoint import Endpoint, IPAddress
+from detour_tools.mapping import Mapping
+from detour_tools.server.ports import PortPool
+
+
+class NoFreePortError(Exception):
+    """The client uses, or the detour forbids, every port that could be picked."""
+
+
+class Outcome(enum.Enum):
+    """What a request came to."""
+
+    NEW = "new"
+    EXISTING = "existing"
+    MOVED = "moved"
+
+
+class Decision(NamedTuple):
+    """The answer to a request."""
+
+    outcome: Outcome
+    entry: "Entry"
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A mapping in the table; ``serial`` grows with every new one, ``last_used`` in seconds."""
+
+    mapping: Mapping
+    serial: int
+    last_used: float
+
+
+@dataclass(slots=True)
+class _Client:
+    ports: dict[int, Entry] = field(default_factory=dict)
+    free: PortPool = field(default_factory=PortPool)
+
+
+class MappingTable:
+    """The mappings by client and remote. Times are seconds and never go backwards."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._serials = itertools.count(1)
+        self._by_remote: dict[tuple[IPAddress, Endpoint], Entry] = {}  # in order of serial
+        self._clients: dict[IPAddress, _Client] = {}
+        self._by_use: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self._by_remote)
+
+    @property
+    def clients(self) -> int:
+        """How many clients have a mapping."""
+        return len(self._clients)
+
+    def count(self, client: IPAddress) -> int:
+        """How many mappings the client has."""
+        found = self._clients.get(client)
+        return len(found.ports) if found else 0
+
+    def find(self, client: IPAddress, remote: Endpoint) -> Entry | None:
+        """The client's mapping to the remote."""
+        return self._by_remote.get((client, remote))
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether the entry is (still) in the table."""
+        return entry.serial in self._by_use
+
+    def mappings(self) -> Iterator[Mapping]:
+        """All mappings, oldest first; the table must not change meanwhile."""
+        return (entry.mapping for entry in self._by_remote.values())
+
+    def entries(self, after: int = 0) -> Iterator[Entry]:
+        """The entries whose serial is above ``after``, oldest first."""
+        return (entry for entry in self._by_remote.values() if entry.serial > after)
+
+    def request(self, client: IPAddress, remote: Endpoint, proposed: int, now: float,
+                forbidden: Callable[[int], bool]) -> Decision:
+        """Decide on a request; a new mapping is in the table at once.
+
+        ``forbidden`` says which ports the detour must not give away, to anybody.
+        Raises NoFreePortError, and changes nothing then.
+        """
+        found = self._by_remote.get((client, remote))
+        if found is not None:
+            self.touch(found, now)
+            return Decision(Outcome.EXISTING, found)
+        state = self._clients.get(client)
+        if state is None:
+            state = _Client()
+        free = proposed and proposed not in state.ports and not forbidden(proposed)
+        if free:
+            port = proposed
+            state.free.take(port)
+        else:
+            port = self._pick(state.free, forbidden)
+        entry = self._insert(state, Mapping(client, port, remote), now)
+        return Decision(Outcome.NEW if free or not proposed else Outcome.MOVED, entry)
+
+    def insert(self, mapping: Mapping, now: float) -> Entry | None:
+        """Take over a mapping that stands already; None when it contradicts another."""
+        client, port, remote = mapping
+        state = self._clients.get(client) or _Client()
+        if (client, remote) in self._by_remote or port in state.ports:
+            return None
+        state.free.take(port)
+        return self._insert(state, mapping, now)
+
+    def remove(self, entry: Entry) -> None:
+        """Forget a mapping that is in the table."""
+        client, port, remote = entry.mapping
+        del self._by_remote[client, remote]
+        del self._by_use[entry.serial]
+        state = self._clients[client]
+        del state.ports[port]
+        state.free.put_back(port)
+        if not state.ports:
+            del self._clients[client]
+
+    def touch(self, entry: Entry, now: float) -> None:
+        """Note that the mapping was used."""
+        entry.last_used = now
+        self._by_use.move_to_end(entry.serial)
+
+    def unused_since(self, limit: float) -> Iterator[Entry]:
+        """The entries last used at or before ``limit``; costs no more than there are of them."""
+        return itertools.takewhile(lambda entry: entry.last_used <= limit, self._by_use.values())
+
+    def _insert(self, state: _Client, mapping: Mapping, now: float) -> Entry:
+        entry = Entry(mapping, next(self._serials), now)
+        self._clients[mapping.client] = state
+        state.ports[mapping.detour_port] = entry
+        self._by_remote[mapping.client, mapping.remote] = entry
+        self._by_use[entry.serial] = entry
+        return entry
+
+    def _pick(self, free: PortPool, forbidden: Callable[[int], bool]) -> int:
+        passed_over = []
+        try:
+            while (port := free.draw(self._random)) is not None:
+                if not forbidden(port):
+                    return port
+                passed_over.append(port)
+        finally:
+            for each in passed_over:
+                free.put_back(each)
+        raise NoFreePortError
