@@ -33,6 +33,14 @@ def socket_path(program: str) -> Path:
     return runtime.directory() / f"{program}.sock"
 
 
+def check_group(name: str | None) -> int:
+    """The number of a control group, -1 for none; raises UserError when it does not exist."""
+    try:
+        return grp.getgrnam(name).gr_gid if name else -1
+    except KeyError:
+        raise UserError(f"there is no group '{name}'", "see --control-group", status=2) from None
+
+
 class ControlServer:
     """Serves ``handlers`` (by command name) on the control socket of ``program``."""
 
@@ -44,11 +52,7 @@ class ControlServer:
 
     async def start(self) -> None:
         """Listen; raises UserError when the group does not exist."""
-        try:
-            gid = grp.getgrnam(self._group).gr_gid if self._group else -1
-        except KeyError:
-            raise UserError(f"there is no group '{self._group}'", "see --control-group",
-                            status=2) from None
+        gid = check_group(self._group)
         runtime.make_directory()
         self._path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
