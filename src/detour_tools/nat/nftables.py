@@ -61,6 +61,13 @@ _NFTA_TABLE_HANDLE = 4
 _CHUNK = 4096
 
 
+def ruleset_text() -> str:
+    """All of the host's nftables rules, without the contents of sets; raises UserError."""
+    nft = _context()
+    nft.set_terse_output(True)
+    return str(nft.cmd("list ruleset")[1])
+
+
 def _context() -> Any:
     try:
         return importlib.import_module("nftables").Nftables()

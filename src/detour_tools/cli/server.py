@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""detour-server: serve, or ask the server that runs here."""
+
+import argparse
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from detour_tools import config, control, log
+from detour_tools.cli import common
+from detour_tools.nat.choose import CHOICES
+from detour_tools.server.service import PROGRAM, Server
+from detour_tools.server.settings import Settings
+
+_DESCRIPTION = """\
+Be a detour: answer clients that ask for a mapping, and translate their TCP flows.
+
+Without a command it serves, in the foreground, until SIGINT or SIGTERM; then it removes its NAT
+rules and puts the forwarding switch back. Each request is a line on standard output; warnings
+and errors go to standard error."""
+
+_EPILOG = """\
+examples:
+  detour-server                                  clients with private addresses, to public remotes
+  detour-server --allow-remote 10.0.0.0/8        remotes of a private network, too
+  detour-server --allow-client 198.51.100.0/24   these clients, and no others
+  detour-server --config /etc/detour-tools/server.toml
+                                                 option names are the keys: rate = 50
+                                                 SIGHUP reads who, where to, rates and limits again
+  detour-server status                           how is it?
+  detour-server list --json                      its mappings, for a program
+  detour-server flush --client 10.0.1.1          drop a client's mappings and cut their flows
+"""
+
+
+def main() -> NoReturn:
+    """Run the console script."""
+    common.run(PROGRAM, _main)
+
+
+def _main() -> None:
+    arguments = _parser().parse_args()
+    arguments.run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = common.parser(PROGRAM, _DESCRIPTION, _EPILOG)
+    parser.set_defaults(run=_serve)
+    default = Settings()
+    where = parser.add_argument_group("serving")
+    where.add_argument("--listen", metavar="ADDRESS[:PORT]",
+                       help=f"UDP address and port to listen on (default {default.listen})")
+    where.add_argument("--backend", choices=CHOICES,
+                       help="what translates: nftables, iptables (legacy), or the first that "
+                            f"works (default {default.backend})")
+    where.add_argument("--control-group", metavar="GROUP",
+                       help="group that may use status, list and flush, besides root")
+    where.add_argument("--config", metavar="FILE", type=Path,
+                       help="TOML file with any of these options; the command line overrides it")
+    where.add_argument("--check-config", action="store_true",
+                       help="check the options and the file, and exit")
+    common.add_verbosity(parser)
+    policy = parser.add_argument_group("policy")
+    policy.add_argument("--allow-client", metavar="CIDR", action="append", type=common.network,
+                        help="serve these clients only; repeatable (default: private addresses)")
+    policy.add_argument("--allow-remote", metavar="CIDR", action="append", type=common.network,
+                        help="private remotes that clients may reach; repeatable (default: none)")
+    policy.add_argument("--rate", metavar="REQUESTS_PER_SECOND", type=common.number(0, 1e6),
+                        help=f"of one client, 0 is no limit (default {default.rate:g})")
+    policy.add_argument("--max-per-client", metavar="N", type=common.whole_number(1, 65535),
+                        help=f"mappings of one client (default {default.max_per_client})")
+    policy.add_argument("--max-mappings", metavar="N", type=common.whole_number(1, 10_000_000),
+                        help=f"mappings in all (default {default.max_mappings})")
+    policy.add_argument("--idle-timeout", metavar="SECONDS", type=common.number(1, 1e9),
+                        help="remove a mapping without flow and request for so long "
+                             f"(default {default.idle_timeout:g})")
+
+    commands = parser.add_subparsers(title="commands, to the server that runs here",
+                                     metavar="COMMAND")
+    status = commands.add_parser("status", help="how the server is", description=(
+        "Show what the running server does, has done and has refused."))
+    status.set_defaults(run=_status)
+    listing = commands.add_parser("list", help="its mappings", description=(
+        "List the mappings of the running server."))
+    listing.set_defaults(run=_list)
+    flush = commands.add_parser("flush", help="drop mappings", description=(
+        "Drop mappings of the running server and cut their flows: all, or those given."))
+    flush.add_argument("--client", metavar="ADDRESS", help="of this client only")
+    flush.add_argument("--remote", metavar="ADDRESS:PORT", help="to this remote only")
+    flush.set_defaults(run=_flush)
+    for command in (status, listing, flush):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    def load() -> Settings:
+        return config.load(Settings, arguments.config, overrides)
+
+    overrides = {field.name: getattr(arguments, field.name)
+                 for field in dataclasses.fields(Settings)}
+    overrides = {name: tuple(value) if isinstance(value, list) else value
+                 for name, value in overrides.items()}
+    settings = load()
+    if arguments.check_config:
+        print("the configuration is fine")
+        return
+    log.configure(arguments.verbosity)
+    asyncio.run(Server(settings, load).run())
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    status = control.call(PROGRAM, "status")
+    if arguments.json:
+        common.print_json(status)
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    policy = status["policy"]
+    requests = status["requests"]
+    for name, value in (
+            ("listening on", f"UDP {status['listen']}"),
+            ("back end", status["backend"]),
+            ("up for", f"{status['uptime_s']:g} s"),
+            ("mappings", f"{status['mappings']} of {policy['max_mappings']} at most; "
+                         f"clients: {status['clients']}"),
+            ("requests", ", ".join(f"{count} {name}" for name, count in requests.items()
+                                   if count) or "none yet"),
+            ("refused", ", ".join(f"{name} {count}" for name, count
+                                  in sorted(status["refused"].items())) or "nothing"),
+            ("expired", status["expired"]),
+            ("clients", ", ".join(policy["allow_client"]) or "private addresses"),
+            ("private remotes", ", ".join(policy["allow_remote"]) or "none"),
+            ("limits", f"{policy['rate']:g} requests/s and {policy['max_per_client']} mappings "
+                       f"a client, idle for {policy['idle_timeout']:g} s"),
+    ):
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    mappings = _all_mappings()
+    if arguments.json:
+        common.print_json({"mappings": mappings})
+        return
+    if not mappings:
+        print("no mappings")
+        return
+    # Not a Rich table: it would take a minute for 100,000 rows.
+    print(f"{'CLIENT':<16} {'DETOUR PORT':>11}  {'REMOTE':<22} {'UNUSED':>8}")
+    for mapping in mappings:
+        print(f"{mapping['client']:<16} {mapping['detour_port']:>11}  {mapping['remote']:<22} "
+              f"{mapping['unused_s']:>6.0f} s")
+
+
+def _all_mappings() -> list[dict[str, Any]]:
+    mappings: list[dict[str, Any]] = []
+    after: int | None = 0
+    while after is not None:
+        page = control.call(PROGRAM, "list", after=after)
+        mappings += page["mappings"]
+        after = page["next"]
+    return mappings
+
+
+def _flush(arguments: argparse.Namespace) -> None:
+    result = control.call(PROGRAM, "flush", client=arguments.client, remote=arguments.remote)
+    if arguments.json:
+        common.print_json(result)
+    else:
+        print(f"flushed {result['flushed']} mappings")

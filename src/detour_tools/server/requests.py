@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From datagrams to answers: check, queue, decide, commit, answer.
+
+Requests that come while a commit runs wait for the next one, so that the cost of a commit is
+shared by all that came meanwhile; an answer leaves when its mapping is live in the kernel.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections import deque
+from typing import NamedTuple
+
+from detour_tools import mproxy
+from detour_tools.endpoint import Endpoint, IPAddress
+from detour_tools.log import BoundedLog
+from detour_tools.mproxy import v1
+from detour_tools.nat.base import NatError
+from detour_tools.server.host import ListeningPorts, RouteTypes
+from detour_tools.server.keeper import Keeper
+from detour_tools.server.policy import Policy, Refusal
+from detour_tools.server.printer import Printer
+from detour_tools.server.receiver import Receiver, Sender
+from detour_tools.server.table import Decision, Entry, NoFreePortError, Outcome
+
+log = logging.getLogger(__name__)
+
+_DATAGRAMS_A_WAKE_UP = 128
+_REQUESTS_A_COMMIT = 256
+_QUEUED_REQUESTS = 4096
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """What became of the datagrams, since the start."""
+
+    received: int = 0
+    malformed: int = 0
+    overflowed: int = 0
+    failed: int = 0
+    new: int = 0
+    moved: int = 0
+    existing: int = 0
+    refused: int = 0
+    unsent: int = 0
+
+
+class _Request(NamedTuple):
+    message: v1.Request
+    sender: Sender
+
+
+class Requests:
+    """Serves what the receiver receives."""
+
+    def __init__(self, receiver: Receiver, keeper: Keeper, policy: Policy,
+                 printer: Printer) -> None:
+        self.counters = Counters()
+        self._receiver = receiver
+        self._keeper = keeper
+        self._policy = policy
+        self._printer = printer
+        self._listening = ListeningPorts()
+        self._routes = RouteTypes()
+        self._queue: deque[_Request] = deque()
+        self._waiting = asyncio.Event()
+        self._bounded = BoundedLog(log)
+        self._bounded_print = BoundedLog(_printing_logger(printer))
+
+    def close(self) -> None:
+        """Close what was opened."""
+        self._listening.close()
+        self._routes.close()
+
+    def on_readable(self) -> None:
+        """Take datagrams; a flood of them keeps nothing else from its turn."""
+        now = time.monotonic()
+        for data, sender in self._receiver.receive(_DATAGRAMS_A_WAKE_UP):
+            self._take(data, sender, now)
+        if self._queue:
+            self._waiting.set()
+
+    async def serve(self) -> None:
+        """Serve what is queued, for ever."""
+        while True:
+            await self._waiting.wait()
+            self._waiting.clear()
+            while self._queue:
+                async with self._keeper.lock:
+                    await self._serve_batch()
+
+    def _take(self, data: bytes, sender: Sender, now: float) -> None:
+        counters = self.counters
+        counters.received += 1
+        try:
+            if len(data) > mproxy.MAX_DATAGRAM:
+                raise mproxy.MalformedMessageError(f"more than {mproxy.MAX_DATAGRAM} bytes")
+            message = mproxy.decode(data)
+            if not isinstance(message, v1.Request):
+                raise mproxy.MalformedMessageError("not a request")
+        except mproxy.MalformedMessageError as error:
+            counters.malformed += 1
+            self._bounded.warning("malformed", "malformed datagram from %s: %s",
+                                  sender.address, error)
+            return
+        refusal = self._policy.check_client(sender.address, now)
+        if refusal is not None:
+            self._refuse(refusal, sender.address, message)
+        elif len(self._queue) >= _QUEUED_REQUESTS:
+            counters.overflowed += 1
+            self._bounded.warning("overflow", "too many requests at once: some are dropped")
+        else:
+            self._queue.append(_Request(message, sender))
+
+    async def _serve_batch(self) -> None:
+        queue = self._queue
+        batch = [queue.popleft() for _ in range(min(_REQUESTS_A_COMMIT, len(queue)))]
+        now = time.monotonic()
+        decided: list[tuple[_Request, Decision]] = []
+        new: list[Entry] = []
+        for request in batch:
+            decision = self._decide(request.sender.address, request.message, now)
+            if isinstance(decision, Refusal):
+                self._refuse(decision, request.sender.address, request.message)
+                continue
+            decided.append((request, decision))
+            if decision.outcome is not Outcome.EXISTING:
+                new.append(decision.entry)
+        if new:
+            try:
+                await self._keeper.commit(new, [])
+            except NatError as error:
+                self.counters.failed += len(decided)
+                self._bounded.warning("commit", "the kernel takes no mappings: %s", error)
+                return  # nobody is answered: clients ask again
+        self._answer(decided)
+
+    def _decide(self, client: IPAddress, message: v1.Request, now: float) -> Decision | Refusal:
+        table = self._keeper.table
+        remote = message.remote
+        known = table.find(client, remote) is not None
+        own, broadcast = (False, False) if known else self._routes.look_up(remote.address)
+        refusal = self._policy.check_remote(remote, own=own, broadcast=broadcast)
+        if refusal is None and not known:
+            refusal = self._policy.check_room(table.count(client), len(table))
+        if refusal is not None:
+            return refusal
+        try:
+            return table.request(client, remote, message.detour_port, now,
+                                 self._listening.__contains__)
+        except NoFreePortError:
+            return self._policy.count(Refusal.NO_PORT)
+
+    def _answer(self, decided: list[tuple[_Request, Decision]]) -> None:
+        counters = self.counters
+        lines = []
+        for (message, sender), (outcome, entry) in decided:
+            client, detour_port, remote = entry.mapping
+            try:
+                self._receiver.send(v1.encode(v1.Response(remote, detour_port)), sender)
+            except OSError as error:
+                counters.unsent += 1
+                self._bounded.warning("unsent", "cannot answer %s: %s", client, error.strerror)
+            if outcome is Outcome.NEW:
+                counters.new += 1
+            elif outcome is Outcome.MOVED:
+                counters.moved += 1
+            else:
+                counters.existing += 1
+            lines.append(f"{outcome.value:<8} client {client} remote {remote} "
+                         f"detour port {detour_port} proposed {message.detour_port}\n")
+        if lines:
+            self._printer.print("".join(lines))
+
+    def _refuse(self, refusal: Refusal, client: IPAddress, message: v1.Request) -> None:
+        self.counters.refused += 1
+        remote: Endpoint = message.remote
+        self._bounded_print.warning(
+            refusal.key, "refused  client %s remote %s proposed %s: %s",
+            client, remote, message.detour_port, refusal.value)
+
+
+class _PrintHandler(logging.Handler):
+    def __init__(self, printer: Printer) -> None:
+        super().__init__()
+        self._printer = printer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._printer.print(record.getMessage() + "\n")
+
+
+def _printing_logger(printer: Printer) -> logging.Logger:
+    logger = logging.Logger("requests")
+    logger.addHandler(_PrintHandler(printer))
+    return logger

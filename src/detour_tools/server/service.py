@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The server: puts the parts together, starts and stops them."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from ipaddress import ip_address
+from itertools import islice
+from typing import Any
+
+from detour_tools import mproxy, runtime
+from detour_tools.control import ControlServer, check_group
+from detour_tools.endpoint import parse_endpoint
+from detour_tools.errors import UserError
+from detour_tools.nat import forwarding
+from detour_tools.nat.base import NatError
+from detour_tools.server import systemd
+from detour_tools.server.keeper import Keeper
+from detour_tools.server.policy import Policy
+from detour_tools.server.printer import Printer
+from detour_tools.server.receiver import Receiver
+from detour_tools.server.requests import Requests
+from detour_tools.server.settings import RELOADABLE, Settings
+from detour_tools.server.table import Entry
+from detour_tools.sysctl import BorrowedSysctls
+
+PROGRAM = "detour-server"
+
+log = logging.getLogger(__name__)
+
+_FORWARDING = "net.ipv4.ip_forward"
+_CHECK_SECONDS = 2.0
+_SWEEP_SECONDS = 60.0
+_PAGE = 1000
+
+
+class Server:
+    """A detour, from start to clean-up."""
+
+    def __init__(self, settings: Settings, reload: Callable[[], Settings]) -> None:
+        """``reload`` reads the settings again; it raises UserError when they are bad."""
+        self._settings = settings
+        self._reload = reload
+        self._stop = asyncio.Event()
+        self._started = time.monotonic()
+        self._expired = 0
+        self._policy = Policy(settings.rules)
+        self._keeper = Keeper(settings.max_mappings)
+        self._requests: Requests | None = None
+
+    async def run(self) -> None:
+        """Serve until SIGINT or SIGTERM. Raises UserError."""
+        runtime.need_capability("CAP_NET_ADMIN", PROGRAM)
+        # All that the user may have got wrong comes before the rules: to fail after them would
+        # cut the flows of a server before us.
+        check_group(self._settings.control_group)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop.set)
+        async with contextlib.AsyncExitStack() as stack:
+            lock = runtime.InstanceLock(PROGRAM)
+            stack.callback(lock.release)
+            printer = Printer()
+            stack.callback(printer.close)
+            endpoint = parse_endpoint(self._settings.listen, mproxy.PORT)
+            receiver = Receiver(endpoint)
+            stack.callback(receiver.close)
+            self._requests = Requests(receiver, self._keeper, self._policy, printer)
+            stack.callback(self._requests.close)
+            await stack.enter_async_context(self._rules(printer))
+            loop.add_signal_handler(signal.SIGHUP, self._on_reload)
+            loop.add_reader(receiver.fileno(), self._requests.on_readable)
+            stack.callback(loop.remove_reader, receiver.fileno())
+            # Last: who sees the control socket may take the server for ready.
+            control = ControlServer(PROGRAM, {
+                "status": self._status, "list": self._list, "flush": self._flush,
+            }, self._settings.control_group)
+            await control.start()
+            stack.push_async_callback(control.stop)
+            log.info("serving on UDP %s with %s", endpoint, self._keeper.backend_name)
+            systemd.notify("READY=1")
+            await self._serve()
+            systemd.notify("STOPPING=1")
+            log.info("stopping")
+
+    @contextlib.asynccontextmanager
+    async def _rules(self, printer: Printer) -> AsyncIterator[None]:
+        sysctls = BorrowedSysctls(runtime.directory() / f"{PROGRAM}.sysctls")
+        try:
+            sysctls.set(_FORWARDING, "1")
+            printer.print(f"{_FORWARDING} = 1\n")
+            try:
+                await self._keeper.start(self._settings.backend)
+            except NatError as error:
+                raise UserError(f"the kernel does not take our rules: {error}") from None
+            for warning in await asyncio.to_thread(forwarding.warnings):
+                log.warning("%s", warning)
+            yield
+        finally:
+            await self._keeper.stop()
+            sysctls.restore()
+
+    async def _serve(self) -> None:
+        assert self._requests is not None  # noqa: S101 - made by run()
+        tasks = [asyncio.create_task(work) for work in (
+            self._stop.wait(), self._requests.serve(), self._check(), self._sweep(),
+            self._feed_watchdog())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # raises what must not be overlooked
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _check(self) -> None:
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            await self._keeper.check()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(min(_SWEEP_SECONDS, self._settings.idle_timeout / 4))
+            with contextlib.suppress(NatError, OSError):  # the next sweep tries again
+                await self._expire()
+
+    async def _expire(self) -> None:
+        table = self._keeper.table
+        idle = list(table.unused_since(time.monotonic() - self._settings.idle_timeout))
+        if not idle:
+            return
+        used_at = {entry.serial: entry.last_used for entry in idle}
+        live = await self._keeper.live()
+        now = time.monotonic()
+        silent = []
+        for entry in idle:
+            if not table.holds(entry):
+                continue
+            if entry.mapping in live:
+                table.touch(entry, now)
+            else:
+                silent.append(entry)
+        removed = await self._keeper.remove(
+            silent, lambda entry: entry.last_used == used_at[entry.serial])
+        if removed:
+            self._expired += len(removed)
+            log.info("removed %d idle mappings", len(removed))
+
+    async def _feed_watchdog(self) -> None:
+        period = systemd.watchdog_seconds()
+        while True:
+            await asyncio.sleep(period or 3600.0)
+            if period:
+                systemd.notify("WATCHDOG=1")
+
+    def _on_reload(self) -> None:
+        try:
+            fresh = self._reload()
+        except UserError as error:
+            log.error("not reloaded: %s", error)
+            return
+        old = self._settings
+        for field in dataclasses.fields(fresh):
+            if field.name not in RELOADABLE and (
+                    getattr(fresh, field.name) != getattr(old, field.name)):
+                log.warning("%s takes effect at the next start only",
+                            field.name.replace("_", "-"))
+        self._settings = dataclasses.replace(
+            old, **{name: getattr(fresh, name) for name in RELOADABLE})
+        self._policy.set_rules(self._settings.rules)
+        self._reloading = asyncio.create_task(self._make_room())
+
+    async def _make_room(self) -> None:
+        try:
+            await self._keeper.make_room(self._settings.max_mappings)
+        except NatError as error:
+            log.error("no room for max-mappings %d: %s", self._settings.max_mappings, error)
+        log.info("reloaded")
+
+    async def _status(self, _: dict[str, Any]) -> dict[str, Any]:
+        assert self._requests is not None  # noqa: S101 - made by run()
+        settings = self._settings
+        return {
+            "listen": settings.listen,
+            "backend": self._keeper.backend_name,
+            "uptime_s": round(time.monotonic() - self._started, 1),
+            "mappings": len(self._keeper.table),
+            "clients": self._keeper.table.clients,
+            "requests": dataclasses.asdict(self._requests.counters),
+            "refused": {refusal.key: count for refusal, count in self._policy.refused.items()},
+            "expired": self._expired,
+            "failed_commits": self._keeper.failed_commits,
+            "repairs": self._keeper.repairs,
+            "policy": {
+                "allow_client": [str(network) for network in settings.allow_client],
+                "allow_remote": [str(network) for network in settings.allow_remote],
+                "rate": settings.rate,
+                "max_per_client": settings.max_per_client,
+                "max_mappings": settings.max_mappings,
+                "idle_timeout": settings.idle_timeout,
+            },
+        }
+
+    async def _list(self, request: dict[str, Any]) -> dict[str, Any]:
+        # By pages: the answer with all of them would keep requests waiting.
+        after = request.get("after", 0)
+        if not isinstance(after, int):
+            raise UserError("'after' must be a number")
+        now = time.monotonic()
+        page = list(islice(self._keeper.table.entries(after), _PAGE))
+        return {
+            "mappings": [{
+                "client": str(entry.mapping.client),
+                "detour_port": entry.mapping.detour_port,
+                "remote": str(entry.mapping.remote),
+                "unused_s": round(now - entry.last_used, 1),
+            } for entry in page],
+            "next": page[-1].serial if len(page) == _PAGE else None,
+        }
+
+    async def _flush(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            client = ip_address(request["client"]) if request.get("client") else None
+        except ValueError:
+            raise UserError(f"'{request['client']}' is not an IP address") from None
+        remote = parse_endpoint(str(request["remote"])) if request.get("remote") else None
+
+        def wanted(entry: Entry) -> bool:
+            return ((client is None or entry.mapping.client == client)
+                    and (remote is None or entry.mapping.remote == remote))
+
+        try:
+            removed = await self._keeper.remove(
+                [entry for entry in self._keeper.table.entries() if wanted(entry)],
+                lambda _: True)
+        except NatError as error:
+            raise UserError(f"the kernel does not take the change: {error}") from None
+        if removed:
+            log.info("flushed %d mappings", len(removed))
+        return {"flushed": len(removed)}

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The server's settings: names, defaults and bounds; the same in TOML and on the command line."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from detour_tools import mproxy
+from detour_tools.config import Network
+from detour_tools.endpoint import parse_endpoint
+from detour_tools.errors import UserError
+from detour_tools.server.policy import Rules
+
+# What takes effect on a reload; the rest needs a restart.
+RELOADABLE = ("allow_client", "allow_remote", "rate", "max_per_client", "max_mappings",
+              "idle_timeout")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """``rate`` is requests a second of one client (0: no limit), ``idle_timeout`` seconds."""
+
+    listen: str = f"0.0.0.0:{mproxy.PORT}"
+    backend: Literal["auto", "nftables", "iptables"] = "auto"
+    allow_client: tuple[Network, ...] = ()
+    allow_remote: tuple[Network, ...] = ()
+    rate: float = 100.0
+    max_per_client: int = 4096
+    max_mappings: int = 131072
+    idle_timeout: float = 3600.0
+    control_group: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the bounds; raises ValueError."""
+        try:
+            endpoint = parse_endpoint(self.listen, mproxy.PORT)
+        except UserError as error:
+            raise ValueError(f"listen: {error}") from None
+        if endpoint.address.version != 4:
+            raise ValueError("listen: MPROXY version 1 is IPv4 only")
+        for name, value, least, most in (
+                ("rate", self.rate, 0, 1e6),
+                ("max-per-client", self.max_per_client, 1, 65535),
+                ("max-mappings", self.max_mappings, 1, 10_000_000),
+                ("idle-timeout", self.idle_timeout, 1, 1e9)):
+            if not least <= value <= most:
+                raise ValueError(f"{name}: {value:g} is not from {least:g} to {most:g}")
+
+    @property
+    def rules(self) -> Rules:
+        """The part that the policy applies."""
+        return Rules(allow_clients=self.allow_client, allow_remotes=self.allow_remote,
+                     rate=self.rate, max_per_client=self.max_per_client,
+                     max_mappings=self.max_mappings)
