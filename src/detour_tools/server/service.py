@@ -19,6 +19,7 @@ from detour_tools.errors import UserError
 from detour_tools.nat import forwarding
 from detour_tools.nat.base import NatError
 from detour_tools.server import systemd
+from detour_tools.server.garbage import QuietCollector
 from detour_tools.server.keeper import Keeper
 from detour_tools.server.policy import Policy
 from detour_tools.server.printer import Printer
@@ -119,9 +120,12 @@ class Server:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _check(self) -> None:
+        assert self._requests is not None  # noqa: S101 - made by run()
+        collector = QuietCollector(time.monotonic())
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             await self._keeper.check()
+            collector.run(self._requests.counters.received, time.monotonic())
 
     async def _sweep(self) -> None:
         while True:
