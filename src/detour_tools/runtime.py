@@ -6,6 +6,7 @@ The folder is named after the namespace's cookie, which the kernel never gives t
 mistaken for our own. ``/run`` is emptied at boot, and so are sysctls and firewall rules.
 """
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -67,18 +68,25 @@ class InstanceLock:
     """
 
     def __init__(self, program: str) -> None:
-        path = make_directory() / f"{program}.lock"
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(self._fd, 32).decode(errors="replace").strip() or "unknown"
-            os.close(self._fd)
-            raise UserError(f"another {program} already runs in this network namespace "
-                            f"(pid {pid})", "stop that one first") from None
+        self._path = make_directory() / f"{program}.lock"
+        while True:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid = os.read(self._fd, 32).decode(errors="replace").strip() or "unknown"
+                os.close(self._fd)
+                raise UserError(f"another {program} already runs in this network namespace "
+                                f"(pid {pid})", "stop that one first") from None
+            if os.fstat(self._fd).st_nlink:
+                break
+            os.close(self._fd)  # its holder removed the file just before it let go
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Let another instance start."""
+        """Let another instance start; the folder goes too if nothing is left in it."""
+        self._path.unlink(missing_ok=True)
         os.close(self._fd)
+        with contextlib.suppress(OSError):
+            self._path.parent.rmdir()

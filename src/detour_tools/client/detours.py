@@ -152,7 +152,7 @@ class Detour:
         that it did serve before, when only that can tell.
         """
         del self.exchanges[exchange.remote]
-        if self.last_answer >= exchange.first_sent:
+        if self.last_answer > exchange.first_sent:
             self._refuse(exchange.remote, now)
             return None
         if (self.state == DetourState.UP and self._last_good is not None

@@ -151,26 +151,12 @@ class Machine:
 
     def created(self, event: ConnectionCreated, on_link: bool, now: float) -> list[Command]:
         """A connection's handshake is under way: ask for mappings while it completes."""
-        known = self.connections.get(event.token)
-        if known is not None and (known.local, known.remote) == (event.local, event.remote):
-            return []  # found by a resynchronisation before its event was read
-        self._forget(event.token)
-        connection = Connection(event.token, event.local, event.remote)
-        connection.reason_for_none = self._reason_for_none(
-            event.remote, event.server_side, event.deny_join, on_link)
-        connection.paths[Direct] = Path("up", event.remote, now)
-        self.connections[event.token] = connection
-        self._by_remote.setdefault(event.remote, set()).add(event.token)
-        return list(self._evaluate(connection, now))
+        return list(self._evaluate(self._connection(event, on_link, now), now))
 
     def established(self, event: ConnectionEstablished, on_link: bool,
                     now: float) -> list[Command]:
         """A connection takes further subflows from now on."""
-        connection = self.connections.get(event.token)
-        if connection is None or connection.remote != event.remote:  # its creation was missed
-            self.created(ConnectionCreated(event.token, event.local, event.remote,
-                                           event.server_side, event.deny_join), on_link, now)
-            connection = self.connections[event.token]
+        connection = self._connection(event, on_link, now)
         connection.established = True
         return list(self._evaluate(connection, now))
 
@@ -239,12 +225,10 @@ class Machine:
             self._forget(token)
         commands: list[Command] = []
         for snapshot in present.values():
-            connection = self.connections.get(snapshot.token)
-            if connection is None or connection.remote != snapshot.remote:
-                # What the peer said of the C flag is not kept by the kernel; no flag is assumed.
-                self.created(ConnectionCreated(snapshot.token, snapshot.local, snapshot.remote,
-                                               snapshot.passive), snapshot.on_link, now)
-                connection = self.connections[snapshot.token]
+            # What the peer said of the C flag is not kept by the kernel; no flag is assumed.
+            connection = self._connection(
+                ConnectionCreated(snapshot.token, snapshot.local, snapshot.remote,
+                                  snapshot.passive), snapshot.on_link, now)
             connection.established |= snapshot.established
             self._adopt_subflows(connection, snapshot.subflow_remotes, now)
             commands += self._evaluate(connection, now)
@@ -299,6 +283,21 @@ class Machine:
             elif what in self.connections:
                 commands += self._evaluate(self.connections[what], now)
         return commands
+
+    def _connection(self, event: ConnectionCreated | ConnectionEstablished, on_link: bool,
+                    now: float) -> Connection:
+        """The connection of that token: the one known, or a new one where that was another."""
+        known = self.connections.get(event.token)
+        if known is not None and (known.local, known.remote) == (event.local, event.remote):
+            return known
+        self._forget(event.token)
+        connection = Connection(event.token, event.local, event.remote)
+        connection.reason_for_none = self._reason_for_none(
+            event.remote, event.server_side, event.deny_join, on_link)
+        connection.paths[Direct] = Path("up", event.remote, now)
+        self.connections[event.token] = connection
+        self._by_remote.setdefault(event.remote, set()).add(event.token)
+        return connection
 
     # -- which subflows a connection should have -----------------------------------------------
 
