@@ -31,8 +31,8 @@ def load(kind: type[Settings], path: Path | None,
     values: dict[str, Any] = {}
     if path is not None:
         for key, value in _read(path).items():
-            values[_field_name(kind, key, path)] = _convert(
-                typing.get_type_hints(kind)[key.replace("-", "_")], value, f"{path}: {key}")
+            name = _field_name(kind, key, path)
+            values[name] = _convert(typing.get_type_hints(kind)[name], value, f"{path}: {key}")
     values |= {key: value for key, value in (overrides or {}).items() if value is not None}
     try:
         return kind(**values)
@@ -77,6 +77,8 @@ def _convert(wanted: Any, value: Any, where: str) -> Any:
         return value
     if wanted == Network:
         try:
+            if not isinstance(value, str):  # ip_network would make an address of a number
+                raise ValueError
             return ip_network(value, strict=False)
         except ValueError:
             raise UserError(f"{where}: '{value}' is not a network", "write ADDRESS/PREFIX",
