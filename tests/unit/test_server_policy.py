@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who may ask, how often, how much, and where to."""
+
+from ipaddress import IPv4Address, ip_address, ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from detour_tools.endpoint import Endpoint, parse_endpoint
+from detour_tools.server.policy import Policy, RateLimiter, Refusal, Rules
+
+CLIENT = IPv4Address("10.0.1.1")
+
+
+def policy(**rules) -> Policy:
+    return Policy(Rules(**{"max_per_client": 10, "max_mappings": 100} | rules))
+
+
+def networks(*texts):
+    return tuple(ip_network(text) for text in texts)
+
+
+@pytest.mark.parametrize(("client", "allowed"), [
+    ("10.0.0.0", True), ("10.255.255.255", True), ("172.16.0.1", True), ("172.31.255.255", True),
+    ("192.168.7.7", True), ("fd00::1", True),
+    ("9.255.255.255", False), ("11.0.0.0", False), ("172.15.255.255", False),
+    ("172.32.0.0", False), ("192.167.255.255", False), ("192.169.0.0", False),
+    ("127.0.0.1", False), ("169.254.1.1", False), ("0.0.0.0", False), ("100.64.0.1", False),
+    ("8.8.8.8", False), ("255.255.255.255", False), ("2001:db8::1", False),
+])
+def test_private_clients_only_by_default(client, allowed):
+    checked = policy()
+    refusal = checked.check_client(ip_address(client), 0.0)
+    assert refusal is (None if allowed else Refusal.CLIENT)
+    assert checked.refused[Refusal.CLIENT] == (not allowed)
+
+
+def test_the_administrator_says_who_instead():
+    checked = policy(allow_clients=networks("198.51.100.0/24", "203.0.113.5/32"))
+    assert checked.check_client(IPv4Address("198.51.100.9"), 0.0) is None
+    assert checked.check_client(IPv4Address("203.0.113.5"), 0.0) is None
+    assert checked.check_client(IPv4Address("203.0.113.6"), 0.0) is Refusal.CLIENT
+    assert checked.check_client(CLIENT, 0.0) is Refusal.CLIENT
+
+
+@pytest.mark.parametrize(("remote", "refusal"), [
+    ("8.8.8.8:80", None), ("130.104.230.45:80", None), ("192.0.2.1:80", None),
+    ("223.255.255.255:80", None),
+    ("0.0.0.0:80", Refusal.UNSPECIFIED), ("0.1.2.3:80", Refusal.RESERVED),
+    ("127.0.0.1:80", Refusal.LOOPBACK), ("127.255.0.1:80", Refusal.LOOPBACK),
+    ("169.254.169.254:80", Refusal.LINK_LOCAL),
+    ("224.0.0.1:80", Refusal.MULTICAST), ("239.255.255.255:80", Refusal.MULTICAST),
+    ("240.0.0.1:80", Refusal.RESERVED), ("255.255.255.254:80", Refusal.RESERVED),
+    ("255.255.255.255:80", Refusal.BROADCAST),
+    ("10.0.3.2:80", Refusal.PRIVATE), ("172.16.0.1:80", Refusal.PRIVATE),
+    ("192.168.0.1:80", Refusal.PRIVATE), ("100.64.0.1:80", Refusal.PRIVATE),
+    ("198.18.0.1:80", Refusal.PRIVATE), ("192.0.0.8:80", Refusal.PRIVATE),
+    ("[::1]:80", Refusal.LOOPBACK), ("[fe80::1]:80", Refusal.LINK_LOCAL),
+    ("[ff02::1]:80", Refusal.MULTICAST), ("[fd00::1]:80", Refusal.PRIVATE),
+    ("[2001:db8::1]:80", None),
+])
+def test_where_to(remote, refusal):
+    checked = policy()
+    assert checked.check_remote(parse_endpoint(remote), own=False, broadcast=False) is refusal
+    assert sum(checked.refused.values()) == (refusal is not None)
+
+
+def test_port_0_is_no_remote():
+    remote = Endpoint(IPv4Address("8.8.8.8"), 0)
+    assert policy().check_remote(remote, own=False, broadcast=False) is Refusal.PORT
+
+
+def test_the_detour_itself_and_broadcast_are_refused_even_where_allowed():
+    remote = parse_endpoint("10.0.3.2:80")
+    checked = policy(allow_remotes=networks("10.0.0.0/8", "127.0.0.0/8", "0.0.0.0/0"))
+    assert checked.check_remote(remote, own=False, broadcast=False) is None
+    assert checked.check_remote(remote, own=True, broadcast=False) is Refusal.DETOUR
+    assert checked.check_remote(remote, own=False, broadcast=True) is Refusal.BROADCAST
+    assert checked.check_remote(parse_endpoint("127.0.0.1:80"), own=False,
+                                broadcast=False) is Refusal.LOOPBACK
+
+
+def test_private_remotes_where_allowed_only():
+    checked = policy(allow_remotes=networks("10.0.3.0/24"))
+    assert checked.check_remote(parse_endpoint("10.0.3.2:80"), own=False, broadcast=False) is None
+    assert checked.check_remote(parse_endpoint("10.0.4.2:80"), own=False,
+                                broadcast=False) is Refusal.PRIVATE
+    assert checked.check_remote(parse_endpoint("8.8.8.8:80"), own=False, broadcast=False) is None
+
+
+def test_caps():
+    checked = policy()
+    assert checked.check_room(9, 99) is None
+    assert checked.check_room(10, 99) is Refusal.CLIENT_FULL
+    assert checked.check_room(9, 100) is Refusal.FULL
+
+
+def test_transcript_of_a_rate_of_5():
+    limiter = RateLimiter(5.0)
+    assert [limiter.allows(CLIENT, 0.0) for _ in range(7)] == [True] * 5 + [False] * 2
+    assert not limiter.allows(CLIENT, 0.1)
+    assert limiter.allows(CLIENT, 0.2)
+    assert not limiter.allows(CLIENT, 0.3)
+    assert limiter.allows(ip_address("10.0.1.2"), 0.3), "another client is not concerned"
+    assert [limiter.allows(CLIENT, 60.0) for _ in range(6)] == [True] * 5 + [False]
+
+
+def test_a_rate_below_1_still_lets_one_through():
+    limiter = RateLimiter(0.5)
+    assert limiter.allows(CLIENT, 0.0)
+    assert not limiter.allows(CLIENT, 1.9)
+    assert limiter.allows(CLIENT, 4.0)
+
+
+def test_no_rate_is_no_limit_and_no_memory():
+    limiter = RateLimiter(0.0)
+    assert all(limiter.allows(CLIENT, 0.0) for _ in range(1000))
+    assert len(limiter) == 0
+
+
+def test_forged_sources_cannot_fill_the_memory():
+    limiter = RateLimiter(5.0, buckets=100)
+    for number in range(1000):
+        limiter.allows(ip_address(number), 0.0)
+    assert len(limiter) == 100
+
+
+def test_clients_that_may_not_ask_get_no_bucket():
+    checked = policy(rate=5.0)
+    for number in range(100):
+        checked.check_client(ip_address(0x08000000 + number), 0.0)
+    assert len(checked._limiter) == 0
+
+
+@given(st.lists(st.floats(0, 2), max_size=60), st.floats(1, 20))
+def test_never_more_than_the_rate_and_one_burst(gaps, rate):
+    limiter, now, passed = RateLimiter(rate), 0.0, 0
+    for gap in gaps:
+        now += gap
+        passed += limiter.allows(CLIENT, now)
+    assert passed <= rate + now * rate + 1e-6
