@@ -77,9 +77,8 @@ def _convert(wanted: Any, value: Any, where: str) -> Any:
         return value
     if wanted == Network:
         try:
-            if not isinstance(value, str):  # ip_network would make an address of a number
-                raise ValueError
-            return ip_network(value, strict=False)
+            # ip_network would make an address of a number, too
+            return ip_network(value if isinstance(value, str) else "", strict=False)
         except ValueError:
             raise UserError(f"{where}: '{value}' is not a network", "write ADDRESS/PREFIX",
                             status=2) from None
