@@ -41,6 +41,8 @@ def main() -> NoReturn:
 
 def _main() -> int | None:
     arguments = _parser().parse_args()
+    if arguments.name is None:
+        arguments.name = "demo" if arguments.call is _demo else network.DEFAULT_NAME
     state.check_name(arguments.name)
     result: int | None = arguments.call(arguments)
     return result
@@ -48,8 +50,9 @@ def _main() -> int | None:
 
 def _parser() -> common.Parser:
     top = common.parser("detour-lab", _DESCRIPTION, _EPILOG)
-    top.add_argument("--name", default=network.DEFAULT_NAME, metavar="NAME",
-                     help="which lab; several can be up at once (default: %(default)s)")
+    top.add_argument("--name", metavar="NAME",
+                     help="which lab; several can be up at once (default: "
+                          f"{network.DEFAULT_NAME}, for the demo: demo)")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND",
                                   parser_class=common.Parser)
 
@@ -229,4 +232,4 @@ def _print_drawing(topology: Topology, cut: frozenset[str]) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     from detour_tools.lab.demo import run  # noqa: PLC0415  (matplotlib is slow to load)
 
-    return run(arguments.output)
+    return run(arguments.output, arguments.name)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Packet captures: tcpdump on a host of the lab, and what the files say."""
 
+import functools
+import math
 import signal
 import struct
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Self
 
-from detour_tools.endpoint import Endpoint
+from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.errors import UserError
 from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Host
@@ -81,6 +83,26 @@ def segments(path: Path) -> Iterator[Segment]:
                 yield segment
 
 
+def bytes_by_peer(path: Path, host: IPAddress, start: float, end: float, width: float,
+                  *, sent: bool) -> dict[IPAddress, list[int]]:
+    """TCP payload that ``host`` sent (or received), by the other end's address, over time.
+
+    From ``start`` to ``end`` (seconds since 1970), one number for each ``width`` seconds.
+    """
+    bins = max(1, math.ceil((end - start) / width))
+    found: dict[IPAddress, list[int]] = {}
+    for segment in segments(path):
+        ours, theirs = ((segment.source, segment.destination) if sent
+                        else (segment.destination, segment.source))
+        if segment.payload and ours.address == host and start <= segment.time < end:
+            series = found.setdefault(theirs.address, [0] * bins)
+            series[int((segment.time - start) / width)] += segment.payload
+    return found
+
+
+_address = functools.lru_cache(maxsize=1024)(ip_address)
+
+
 def _parse(time: float, frame: bytes) -> Segment | None:
     packet = frame[_ETHERNET_BYTES:]
     if frame[12:14] == b"\x08\x00" and len(packet) >= 20 and packet[9] == _TCP:
@@ -99,6 +121,6 @@ def _parse(time: float, frame: bytes) -> Segment | None:
     header = (tcp[12] >> 4) * 4
     return Segment(
         time,
-        Endpoint(ip_address(source), int.from_bytes(tcp[0:2])),
-        Endpoint(ip_address(destination), int.from_bytes(tcp[2:4])),
+        Endpoint(_address(source), int.from_bytes(tcp[0:2])),
+        Endpoint(_address(destination), int.from_bytes(tcp[2:4])),
         tcp[13], max(0, end - start - header), tcp[20:header])

@@ -52,7 +52,8 @@ class Daemon:
         self._on_line = on_line
         self.process = host.popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**environment(), "PYTHONUNBUFFERED": "1"})
+            env={**environment(), "PYTHONUNBUFFERED": "1"},
+            start_new_session=True)  # Ctrl-C is for us; we stop it in our order
         self._readers = [threading.Thread(target=self._read, args=(stream,), daemon=True)
                          for stream in (self.process.stdout, self.process.stderr)]
         for reader in self._readers:
@@ -85,6 +86,11 @@ class Daemon:
         with namespaces.inside(self.host.namespace):
             path = control.socket_path(self.name)
         self.wait_until(lambda: _accepts(path), "its control socket", timeout)
+
+    def wait_listening(self, port: int, timeout: float = 10.0) -> None:
+        """Wait until something on the host listens on the TCP port."""
+        query = ["ss", "-Hltn", f"sport = :{port}"]
+        self.wait_until(lambda: self.host.run(query).stdout, f"that it listens on {port}", timeout)
 
     def wait_until(self, condition: Callable[[], Found], what: str, timeout: float) -> Found:
         """Wait for ``condition()`` to give something true, and return that."""

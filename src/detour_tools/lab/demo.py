@@ -1,11 +1,259 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The demo."""
+"""The demo: the main job on a lab of its own, told as it happens, measured, and checked."""
 
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Final
 
+from rich.console import Console
+from rich.markup import escape
+
+from detour_tools import control
 from detour_tools.errors import UserError
+from detour_tools.lab import graph, namespaces, report, state, transfers
+from detour_tools.lab.captures import Capture
+from detour_tools.lab.daemons import Daemon
+from detour_tools.lab.network import NO_NETEM, Host, Lab, need_root, search_path
+from detour_tools.lab.results import TITLES, Results, Way
+from detour_tools.lab.topology import reference_topology
+
+FILE_BYTES: Final = 8_000_000
+HTTP_PORT: Final = 80
+IPERF_PORT: Final = 5201
+_TOOLS: Final = {"ip": "iproute2", "curl": "curl", "iperf3": "iperf3", "tcpdump": "tcpdump",
+                 "mptcpize": "mptcpize"}
+# The TCP header with all its options fits; payload is of no interest.
+_SNAPLEN: Final = 96
+_STAMP = re.compile(r"^\d\d:\d\d:\d\d\.\d+ ")
+_COLOURS: Final = {"client": "cyan", "detour": "yellow", "server": "magenta"}
 
 
-def run(output: Path) -> int:
-    """Run the demo; returns the exit status."""
-    raise UserError(f"the demo is not there yet (it would write to {output})")
+def run(output: Path, name: str) -> int:
+    """Run the demo on a lab called ``name`` and write to ``output``; returns the exit status.
+
+    Raises UserError when something does not work. Whatever ends it, the lab goes down.
+    """
+    need_root()
+    _need_programs()
+    try:
+        lock = contextlib.ExitStack()
+        lock.enter_context(state.locked(f"{name}.demo", wait=False))
+    except BlockingIOError:
+        raise UserError(f"a demo is running on the lab '{name}' already") from None
+    with lock, _ended_by_signals() as deaf_to_signals:
+        story = _Story()
+        lab = Lab(reference_topology(), name)
+        if state.load(name) is not None:
+            story.note(f"removing the lab '{name}' that a demo before left")
+        lab.down()
+        try:
+            try:
+                results = _Demo(lab, story).run(output)
+            finally:
+                deaf_to_signals()
+        finally:
+            lab.down()
+            story.note("everything is down again")
+    _hand_over(output)
+    story.note(f"pictures, captures and figures are in {output}/: "
+               + ", ".join(sorted(each.name for each in output.iterdir())))
+    if not results.holds:
+        raise UserError(f"the claim does not hold: {results.claim()}",
+                        "a busy machine can be the reason; try again")
+    story.note(results.claim())
+    return 0
+
+
+def _need_programs() -> None:
+    missing = {tool: package for tool, package in _TOOLS.items()
+               if shutil.which(tool, path=search_path()) is None}
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)}",
+                        f"install: {' '.join(sorted(set(missing.values())))}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("missing: the Python package matplotlib",
+                        "install detour-tools[lab], or use 'make venv'")
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[Callable[[], None]]:
+    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, and none of them interrupt the clean-up."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def deafen() -> None:
+        for signum in signals:
+            signal.signal(signum, signal.SIG_IGN)
+
+    def end(signum: int, _frame: FrameType | None) -> None:
+        deafen()
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signum)
+
+    before = {signum: signal.signal(signum, end) for signum in signals}
+    try:
+        yield deafen
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class _Story:
+    """Prints what happens, with the seconds since the start and the host it happens on."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._started = time.monotonic()
+        self.quiet = False
+
+    def heading(self, text: str) -> None:
+        self.console.print(f"\n[bold]{escape(text)}[/bold]")
+
+    def note(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def line(self, host: str, text: str) -> None:
+        """One thing that happened on ``host``."""
+        if not self.quiet:
+            elapsed = time.monotonic() - self._started
+            self.console.print(f"{elapsed:6.2f} s  [{_COLOURS[host]}]{host:6}[/]  {escape(text)}")
+
+    def follow(self, host: Host, command: Sequence[object]) -> Daemon:
+        """Start a program in the background and tell what it says."""
+        self.line(host.name, "$ " + " ".join(map(str, command)))
+        return Daemon(host, command,
+                      lambda line: self.line(host.name, _STAMP.sub("", line)))
+
+
+class _Demo:
+    """One run, on a lab that is not up yet."""
+
+    def __init__(self, lab: Lab, story: _Story) -> None:
+        self._lab = lab
+        self._story = story
+        self._client, self._detour, self._server = (
+            lab.host(name) for name in ("client", "detour", "server"))
+
+    def run(self, output: Path) -> Results:
+        """Everything, from bringing the lab up to the pictures."""
+        story = self._story
+        story.heading("The lab")
+        self._lab.up()
+        for line in graph.draw(self._lab.topology):
+            story.note(line)
+        if not self._lab.netem:
+            story.note(f"note: {NO_NETEM}")
+        folder = self._lab.folder()
+        with contextlib.ExitStack() as running:
+            captures = {}
+            for host, link in ((self._client, "L1"), (self._detour, "L6"), (self._server, "L3")):
+                captures[host.name] = running.enter_context(Capture(
+                    host, link, folder / f"{host.name}.pcap", snaplen=_SNAPLEN,
+                    expression="tcp or udp port 45672"))
+            self._start_programs(running, folder)
+            results = Results(netem=self._lab.netem)
+            self._transfers(results, folder)
+            story.quiet = True  # what they say when they are stopped is no part of it
+        results.count_paths(captures["client"].path, self._client.address, {
+            self._server.address: "direct", self._detour.address: "detour"})
+        report.print_chart(results, story.console)
+        os.environ["MPLCONFIGDIR"] = str(folder)  # it leaves its cache nowhere else
+        output.mkdir(parents=True, exist_ok=True)
+        for capture in captures.values():
+            shutil.move(capture.path, output / capture.path.name)
+        report.write(results, output)
+        return results
+
+    def _start_programs(self, running: contextlib.ExitStack, folder: Path) -> None:
+        story = self._story
+        story.heading("A server that speaks Multipath TCP, a detour, and a client that knows it")
+        pages = folder / "pages"
+        pages.mkdir()
+        content = os.urandom(FILE_BYTES)
+        (pages / "file").write_bytes(content)
+        self._sha256 = hashlib.sha256(content).hexdigest()
+        for command, port in (
+                (["python3", "-m", "http.server", HTTP_PORT, "--bind", self._server.address,
+                  "--directory", pages], HTTP_PORT),
+                (["iperf3", "-s", "-J", "-p", IPERF_PORT], IPERF_PORT)):
+            wrapped = ["mptcpize", "run", *command]
+            story.line("server", "$ " + " ".join(map(str, wrapped)))
+            # Not followed: they have nothing to say about paths.
+            daemon = running.enter_context(Daemon(self._server, wrapped))
+            daemon.wait_listening(port)
+        detour = running.enter_context(story.follow(
+            self._detour, ["detour-server", "--allow-remote", "10.0.0.0/8"]))
+        detour.wait_control_socket()
+        client = running.enter_context(story.follow(
+            self._client, ["detour-client", "daemon", "detour"]))
+        client.wait_control_socket()
+
+    def _transfers(self, results: Results, folder: Path) -> None:
+        ways: list[tuple[Way, str, tuple[str, ...]]] = [
+            ("tcp", "server", ()),
+            ("tcp_nat", "detour", ()),
+            ("mptcp_nat", "server", ("detour-client", "run", "--")),
+        ]
+        for way, target, prefix in ways:
+            self._story.heading(TITLES[way])
+            http_port, iperf_port = HTTP_PORT, IPERF_PORT
+            if way == "tcp_nat":
+                http_port, iperf_port = self._mapping(HTTP_PORT), self._mapping(IPERF_PORT)
+            url = f"http://{target}" + ("" if http_port == 80 else f":{http_port}") + "/file"
+            self._story.line("client", "$ " + " ".join([*prefix, "curl", url]))
+            got = transfers.download(self._client, url, folder / "got", self._sha256, prefix,
+                                     lambda: self._tell_paths("received"))
+            results.transfers["download"][way] = got
+            self._story.line("client", f"{FILE_BYTES / 1e6:g} MB in {got.ended - got.started:.1f} s"
+                                       f" ({got.mbps:.2f} Mbit/s), SHA-256 as it should be")
+            self._story.line("client", "$ " + " ".join(
+                [*prefix, f"iperf3 -c {target} -p {iperf_port}"]))
+            sent = transfers.upload(self._client, target, iperf_port, prefix,
+                                    lambda: self._tell_paths("sent"))
+            results.transfers["upload"][way] = sent
+            self._story.line("client", f"{sent.mbps:.2f} Mbit/s, as the receiver counted from "
+                                       "second 1 to second 10")
+
+    def _mapping(self, port: int) -> int:
+        """Ask by hand for a mapping, as a user would; returns the detour port."""
+        command = ["detour-client", "request", "detour", f"{self._server.address}:{port}",
+                   "--json"]
+        self._story.line("client", "$ " + " ".join(command[:-1]))
+        answer = json.loads(self._client.run(command).stdout)
+        self._story.line("client", f"{answer['detour']}:{answer['detour_port']} leads to "
+                                   f"{answer['remote']}")
+        return int(answer["detour_port"])
+
+    def _tell_paths(self, direction: str) -> None:
+        """Bytes by path so far, as the daemon sees them."""
+        with namespaces.inside(self._client.namespace):
+            status = control.call("detour-client", "status")
+        totals: dict[str, int] = {}
+        for connection in status["connections"]:
+            for subflow in connection["subflows"]:
+                path = "direct" if subflow["via"] is None else f"by detour {subflow['via']}"
+                totals[path] = totals.get(path, 0) + (subflow[f"bytes_{direction}"] or 0)
+        if totals:
+            self._story.line("client", f"{direction}: " + ", ".join(
+                f"{count / 1e6:.1f} MB {path}" for path, count in sorted(
+                    totals.items(), reverse=True)))
+
+
+def _hand_over(output: Path) -> None:
+    """Give what was written to the user who ran sudo."""
+    try:
+        uid, gid = int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"])
+    except (KeyError, ValueError):
+        return
+    for path in (output, *output.iterdir()):
+        os.chown(path, uid, gid, follow_symlinks=False)

@@ -156,6 +156,12 @@ class Lab:
         """All hosts."""
         return [self.host(name) for name in self.namespaces]
 
+    def folder(self) -> Path:
+        """A folder for files that go with the lab when it goes down."""
+        folder = state.folder(self.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def set_link(self, name: str, *, up: bool) -> None:
         """Cut a link (every packet is lost, silently; interfaces stay up) or mend it."""
         link = self.topology.link(name)

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ class State:
     topology: Topology
     complete: bool
     netem: bool = False
+
+
+def folder(name: str) -> Path:
+    """Where programs on the lab's hosts may keep files for as long as the lab is up."""
+    return runtime.ROOT / f"lab-{name}"
 
 
 def check_name(name: str) -> None:
@@ -69,7 +75,8 @@ def save(name: str, state: State) -> None:
 
 
 def forget(name: str) -> None:
-    """Remove the state file."""
+    """Remove the state file and the lab's folder."""
+    shutil.rmtree(folder(name), ignore_errors=True)
     path(name).with_suffix(".new").unlink(missing_ok=True)
     path(name).unlink(missing_ok=True)
 
@@ -86,12 +93,13 @@ def names() -> list[str]:
 
 
 @contextlib.contextmanager
-def locked(name: str) -> Iterator[None]:
+def locked(name: str, *, wait: bool = True) -> Iterator[None]:
     """Be the only one who builds or removes the lab; waits for another to end.
 
-    The lock file goes as soon as nobody needs it, and so does an empty runtime folder.
+    With ``wait`` false, raises BlockingIOError instead. The lock file goes as soon as nobody
+    needs it, and so does an empty runtime folder.
     """
-    fd = _take(name)
+    fd = _take(name, wait=wait)
     try:
         yield
     finally:
@@ -101,14 +109,18 @@ def locked(name: str) -> Iterator[None]:
             runtime.ROOT.rmdir()  # only when it is empty
 
 
-def _take(name: str) -> int:
+def _take(name: str, *, wait: bool) -> int:
     while True:
         try:
             runtime.ROOT.mkdir(mode=0o755, parents=True, exist_ok=True)
             fd = os.open(lock_path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:  # the folder went in between
             continue
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(fd)
+            raise
         # Whoever held it has removed the file: then this lock is on nothing, try again.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(fd).st_ino == lock_path(name).stat().st_ino:
