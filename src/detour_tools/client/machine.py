@@ -397,8 +397,8 @@ class Machine:
             key, path = self._find_path(connection, remote)
             if path is None:
                 continue
-            if path.state != "up":
-                path.state, path.remote, path.since = "up", remote, now
+            if path.state != "up":  # made unheard, so its age is not known; not just now
+                path.state, path.remote, path.since = "up", remote, now - SHORT_LIVED
             if key is not Direct and key.mapping(connection.remote) is None:
                 key.remember(connection.remote, remote.port)
         for path in connection.paths.values():

@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""detour-client on real kernels: real servers, real detours, captures and ss as witnesses."""
+
+import collections
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from detour_tools.lab.captures import segments
+from detour_tools.lab.daemons import wait_for
+from detour_tools.lab.network import Lab
+from detour_tools.lab.topology import reference_topology
+
+SERVER = "10.0.3.2"
+DETOUR = "10.0.6.2"
+PORT = 5001
+
+
+def program(name, *arguments):
+    return [sys.executable, "-m", "tests.netns.programs", name, *arguments]
+
+
+def status(host):
+    return json.loads(host.run(["detour-client", "status", "--json"]).stdout)
+
+
+def subflows(host):
+    """Where the subflows of the connections to the server go, a sorted list each."""
+    return [sorted(subflow["via"] or "direct" for subflow in connection["subflows"]
+                   if subflow["state"] == "established")
+            for connection in status(host)["connections"]]
+
+
+def path_manager(host):
+    return host.run(["cat", "/proc/sys/net/mptcp/path_manager"]).stdout.strip()
+
+
+def counter(host, name):
+    """A counter of the kernel's MPTCP code."""
+    found = re.search(rf"^MPTcpExt{name}\s+(\d+)", host.run(["nstat", "-asz"]).stdout, re.M)
+    return int(found[1])
+
+
+@pytest.fixture
+def sink(start):
+    """Run the MPTCP server on a host: ``sink(lab.host("server"))``."""
+    def run(host):
+        start(host, program("sink", PORT)).wait_line("ready")
+    return run
+
+
+@pytest.fixture
+def hold():
+    """Keep connections open from a host: ``hold(lab.host("client"))``; close() ends them."""
+    with contextlib.ExitStack() as stack:
+        def run(host, count=1, name="hold"):
+            process = host.popen(program(name, SERVER, PORT, *([count] if name == "hold" else [])),
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            stack.callback(process.wait)
+            stack.callback(process.stdin.close)
+            assert process.stdout.readline() == "ready\n"
+            stack.callback(process.stdout.close)
+            return process.stdin
+        yield run
+
+
+@pytest.fixture
+def ready_lab(lab, sink, start_server, start_client):
+    """A lab with everything running; the daemons are ``.server`` and ``.client``."""
+    sink(lab.host("server"))
+    lab.server = start_server(lab.host("detour"))
+    lab.client = start_client(lab.host("client"), "detour")
+    return lab
+
+
+def test_an_unmodified_program_uses_two_paths(ready_lab, start, start_capture):
+    client, server = ready_lab.host("client"), ready_lab.host("server")
+    start(server, ["mptcpize", "run", "iperf3", "-s", "-1", "--forceflush"]
+          ).wait_line("listening")
+    capture = start_capture(server, "L3", "tcp port 5201")
+    client.run(["detour-client", "run", "--", "iperf3", "-c", "server", "-n", "20M"])
+    capture.stop()
+    sent = collections.Counter()
+    for segment in segments(capture.path):
+        sent[str(segment.source.address)] += segment.payload
+    assert sent["10.0.1.1"] > 1e6  # the client itself
+    assert sent[DETOUR] > 1e6
+    assert ready_lab.server.matching(rf"new .*{SERVER}:5201")
+    assert client.run(["ss", "-Hnt", "state", "syn-sent"]).stdout == ""
+
+
+def test_a_second_connection_adds_its_subflow_without_asking(ready_lab, hold):
+    client = ready_lab.host("client")
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]] * 2)
+    assert status(client)["counters"]["requests"] == 1
+    assert counter(client, "MPJoinSynAckRx") == 2
+
+
+def test_status_tells_the_story(ready_lab, hold):
+    client = ready_lab.host("client")
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    told = status(client)
+    [detour], [connection] = told["detours"], told["connections"]
+    assert (detour["address"], detour["state"]) == (DETOUR, "up")
+    assert 0 < detour["rtt_ms"] < 1000
+    assert connection["remote"] == f"{SERVER}:{PORT}"
+    direct, through = sorted(connection["subflows"], key=lambda each: each["via"] or "")
+    assert (direct["remote"], direct["via"]) == (f"{SERVER}:{PORT}", None)
+    assert (through["remote"], through["via"]) == (f"{DETOUR}:{PORT}", DETOUR)
+    assert through["bytes_sent"] + direct["bytes_sent"] >= 1
+    ss = client.run(["ss", "-Hnt", "dst", DETOUR]).stdout
+    assert through["local"] in ss
+    for_people = client.run(["detour-client", "status"]).stdout
+    assert connection["token"] in for_people
+    assert through["local"] in for_people
+
+
+def test_a_dual_stack_socket_gets_its_detour(ready_lab, hold):
+    client = ready_lab.host("client")
+    hold(client, name="dual-stack")
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+
+
+def test_a_mapping_that_the_detour_dropped_is_asked_for_again(ready_lab, hold):
+    client, detour = ready_lab.host("client"), ready_lab.host("detour")
+    hold(client).close()
+    wait_for(lambda: status(client)["detours"][0]["mappings"] == 1)
+    wait_for(lambda: not status(client)["connections"])
+    detour.run(["detour-server", "flush"])
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    told = status(client)["counters"]
+    assert told["joins_refused"] == 1
+    assert told["requests"] == 2
+
+
+def test_the_c_flag_is_honoured(ready_lab, hold):
+    client, server = ready_lab.host("client"), ready_lab.host("server")
+    server.run(["sysctl", "-qw", "net.mptcp.allow_join_initial_addr_port=0"])
+    hold(client)
+    wait_for(lambda: status(client)["connections"])
+    ready_lab.client.wait_line("C flag")
+    assert counter(client, "MPJoinSynTx") == 0
+    assert status(client)["counters"]["requests"] == 0
+
+
+def test_no_detour_on_link_and_on_this_host(lab, start, start_server, start_client):
+    client, r1 = lab.host("client"), lab.host("r1")
+    start_server(lab.host("detour"))
+    daemon = start_client(client, "detour")
+    start(r1, program("sink", PORT)).wait_line("ready")
+    start(client, program("sink", PORT)).wait_line("ready")
+    for host in ("10.0.1.2", "127.0.0.1", "10.0.1.1"):
+        client.run(program("upload", host, PORT, 1000))
+    daemon.wait_line("on link")
+    daemon.wait_line("stays on this host")
+    wait_for(lambda: len(daemon.matching("closed")) >= 3)
+    assert status(client)["counters"]["requests"] == 0
+    daemon.stop()
+    daemon = start_client(client, "detour", "--include", "10.0.1.2/32")
+    client.run(program("upload", "10.0.1.2", PORT, 1000))
+    wait_for(lambda: status(client)["counters"]["requests"] == 1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_the_sysctl_and_the_files_are_put_back(lab, start_client, signum):
+    client = lab.host("client")
+    before = path_manager(client)
+    assert before == "kernel"
+    daemon = start_client(client, DETOUR)
+    assert path_manager(client) == "userspace"
+    folder = _runtime_folder(client)
+    assert folder.exists()
+    assert daemon.stop(signum) == 0
+    assert path_manager(client) == before
+    assert not folder.exists()
+
+
+def _runtime_folder(host):
+    """The daemon's folder, by asking Python inside the namespace."""
+    return Path(host.run([sys.executable, "-c",
+                          "from detour_tools import runtime; print(runtime.directory())"
+                          ]).stdout.strip())
+
+
+def test_after_a_kill_the_sysctl_is_put_back_by_the_next_daemon(lab, start_client):
+    client = lab.host("client")
+    start_client(client, DETOUR).kill()
+    assert path_manager(client) == "userspace"
+    second = start_client(client, DETOUR)
+    assert second.stop() == 0
+    assert path_manager(client) == "kernel"
+
+
+def test_a_sysctl_that_somebody_else_changed_is_left_alone(lab, start_client):
+    client = lab.host("client")
+    client.run(["sysctl", "-qw", "net.mptcp.path_manager=userspace"])
+    start_client(client, DETOUR).stop()
+    assert path_manager(client) == "userspace"
+
+
+def test_a_restarted_daemon_shows_and_looks_after_open_connections(ready_lab, start_client, hold):
+    client = ready_lab.host("client")
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    ready_lab.client.kill()
+    daemon = start_client(client, "detour")
+    assert subflows(client) == [[DETOUR, "direct"]]
+    client.run(["ss", "-K", "-t", "dst", DETOUR])
+    daemon.wait_line("lost subflow")
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    assert counter(client, "MPJoinSynTx") == 2
+
+
+def test_connections_made_while_no_daemon_ran_get_their_detour(ready_lab, start_client, hold):
+    client = ready_lab.host("client")
+    ready_lab.client.kill()  # the sysctl stays
+    hold(client)
+    start_client(client, "detour")
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+
+
+def test_lost_events_lead_to_a_fresh_look(lab, sink, start, start_server, hold):
+    client = lab.host("client")
+    sink(lab.host("server"))
+    start_server(lab.host("detour"))
+    small = ("from detour_tools.pathmanager import userspace; userspace._RECEIVE_BUFFER = 8192;"
+             "from detour_tools.cli.client import main; main()")
+    daemon = start(client, [sys.executable, "-c", small, "daemon", "detour"])
+    daemon.wait_line("ready")
+    daemon.process.send_signal(signal.SIGSTOP)
+    hold(client, 40)
+    daemon.process.send_signal(signal.SIGCONT)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]] * 40)
+    assert status(client)["counters"]["overruns"] >= 1
+    assert counter(client, "MPJoinSynTx") == 40
+
+
+def test_a_lost_subflow_is_replaced(ready_lab, hold):
+    client = ready_lab.host("client")
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    time.sleep(2.1)  # one that dies younger counts as refused
+    client.run(["ss", "-K", "-t", "dst", DETOUR])
+    wait_for(lambda: subflows(client) == [["direct"]])
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    client.run(["ss", "-K", "-t", "dst", SERVER])
+    wait_for(lambda: subflows(client) == [[DETOUR]])
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+
+
+def test_a_silent_detour_is_used_once_it_answers(lab, sink, start_server, start_client, hold):
+    client = lab.host("client")
+    sink(lab.host("server"))
+    daemon = start_client(client, "detour", "--probe-interval", "1")
+    hold(client)
+    daemon.wait_line("does not answer", timeout=20)
+    assert [each["state"] for each in status(client)["detours"]] == ["down"]
+    start_server(lab.host("detour"))
+    daemon.wait_line("answers again")
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+
+
+def test_three_detours_and_a_server_at_default_limits(make_lab, sink, start_server, start_client,
+                                                      hold):
+    lab = make_lab(reference_topology(rates_mbps=None, detours=3))
+    names = ["detour", "detour2", "detour3"]
+    client = lab.host("client")
+    sink(lab.host("server"))
+    for name in names:
+        start_server(lab.host(name))
+    start_client(client, *names, "--max-subflows", "3")
+    hold(client)
+    wait_for(lambda: len(subflows(client)[0]) == 3)  # the server's limit: two besides the first
+    wait_for(lambda: status(client)["counters"]["joins_refused"] >= 1)
+    time.sleep(10)
+    assert len(subflows(client)[0]) == 3
+    assert status(client)["counters"]["joins_refused"] <= 2
+    assert counter(client, "MPJoinSynTx") <= 4
+
+
+def test_forged_answers_are_dropped_and_counted(ready_lab, hold):
+    client = ready_lab.host("client")
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    sockets = client.run(["ss", "-Hunap"]).stdout
+    port = re.search(r"0\.0\.0\.0:(\d+) .*detour-client", sockets)[1]
+    forge = ("import socket, struct; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM);"
+             "{bind}"
+             "s.sendto(struct.pack('!BBHIHH', 1, 1, 0, 0x0a000302, 443, 666), ('10.0.1.1', {port}))")
+    ready_lab.host("r2").run([sys.executable, "-c", forge.format(port=port, bind="")])
+    ready_lab.server.stop()  # its port is needed: an answer from the right place, to no question
+    ready_lab.host("detour").run([sys.executable, "-c", forge.format(
+        port=port, bind="s.bind(('10.0.6.2', 45672));")])
+    wait_for(lambda: status(client)["counters"]["answers_unmatched"] == 2)
+    assert status(client)["detours"][0]["mappings"] == 1
+
+
+@pytest.mark.parametrize("link", ["L2", "L6"])
+def test_an_upload_survives_a_cut_path(make_lab, sink, start_server, start_client, link):
+    rates = dict.fromkeys(("L1", "L3", "L6"), 80.0) | dict.fromkeys(("L2", "L4", "L5"), 40.0)
+    lab = make_lab(reference_topology(rates_mbps=rates))
+    client = lab.host("client")
+    sink(lab.host("server"))
+    start_server(lab.host("detour"))
+    start_client(client, "detour")
+    transfer = _upload(client)
+    wait_for(lambda: _sent_everywhere(client, 1_000_000), 20)
+    lab.set_link(link, up=False)
+    _finish(transfer)
+
+
+def test_an_upload_survives_killed_daemons(make_lab, sink, start_server, start_client):
+    rates = dict.fromkeys(("L1", "L3", "L6"), 80.0) | dict.fromkeys(("L2", "L4", "L5"), 40.0)
+    lab = make_lab(reference_topology(rates_mbps=rates))
+    client, detour = lab.host("client"), lab.host("detour")
+    sink(lab.host("server"))
+    server_daemon = start_server(detour)
+    daemon = start_client(client, "detour")
+    transfer = _upload(client)
+    wait_for(lambda: _sent_everywhere(client, 1_000_000), 20)
+    server_daemon.kill()
+    start_server(detour)
+    daemon.kill()
+    start_client(client, "detour")
+    assert subflows(client) == [[DETOUR, "direct"]]
+    through_detour = _sent(client)[DETOUR]
+    wait_for(lambda: _sent(client).get(DETOUR, 0) > through_detour)
+    _finish(transfer)
+
+
+def _upload(client):
+    return client.popen(program("upload", SERVER, PORT, 20_000_000), stdout=subprocess.PIPE)
+
+
+def _sent(client):
+    return {subflow["via"] or "direct": subflow["bytes_sent"]
+            for connection in status(client)["connections"]
+            for subflow in connection["subflows"]}
+
+
+def _sent_everywhere(client, least):
+    sent = _sent(client)
+    return len(sent) == 2 and min(sent.values()) > least
+
+
+def _finish(transfer):
+    output, _ = transfer.communicate(timeout=60)
+    assert transfer.returncode == 0
+    sent, received = output.split()
+    assert sent == received
+
+
+def test_request_by_hand_carries_plain_tcp(ready_lab):
+    client = ready_lab.host("client")
+    told = json.loads(client.run(["detour-client", "request", "detour", f"server:{PORT}",
+                                  "--port", "6000", "--json"]).stdout)
+    assert told["detour_port"] == 6000
+    uploaded = client.run(program("upload", DETOUR, 6000, 1000)).stdout.split()
+    assert uploaded[0] == uploaded[1]
+    line = client.run(["detour-client", "request", "detour", f"server:{PORT}"]).stdout
+    assert line == f"{DETOUR}:6000 leads to {SERVER}:{PORT}\n"
+
+
+def test_check_is_content_with_a_good_host_and_names_a_bad_detour(ready_lab):
+    client = ready_lab.host("client")
+    good = client.run(["detour-client", "check", "detour", "--remote", f"{SERVER}:80"])
+    assert "FAIL" not in good.stdout
+    bad = client.run(["detour-client", "check", "10.0.3.2"], check=False)
+    assert bad.returncode == 1
+    assert "FAIL  detour 10.0.3.2: nothing listens on UDP 45672" in bad.stdout
+
+
+def test_run_passes_the_exit_status_and_sets_go_up(lab):
+    client = lab.host("client")
+    ended = client.run(["detour-client", "run", "--", "sh", "-c", "echo $GODEBUG; exit 7"],
+                       check=False)
+    assert (ended.returncode, ended.stdout) == (7, "multipathtcp=1\n")
+
+
+ONE_LINERS = [
+    (["daemon"], 2, "no detour is given"),
+    (["daemon", "no.such.host.invalid"], 1, "no.such.host.invalid"),
+    (["daemon", "10.0.6.2:99999"], 2, "is not a port"),
+    (["daemon", "10.0.6.2", "--max-subflows", "99"], 2, "not from 1 to 8"),
+    (["daemon", "10.0.6.2", "--exclude", "nonsense"], 2, "is not a network"),
+    (["daemon", "10.0.6.2", "--control-group", "no-such-group"], 2, "no group"),
+    (["daemon", "--config", "/no/such/file"], 2, "there is no file"),
+    (["daemon", "--no-such-option"], 2, "--no-such-option"),
+    (["request", "10.0.6.2", "10.0.3.2"], 2, "has no port"),
+    (["request", "10.0.6.2", "10.0.3.2:80"], 1, "nothing listens"),
+    (["status"], 1, "no detour-client runs"),
+    (["run"], 2, "no program is given"),
+    (["run", "--", "no-such-program"], 127, "no such program"),
+    ([], 2, "required"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "exit_status", "words"), ONE_LINERS)
+def test_what_is_wrong_is_said_in_one_line(client_host, arguments, exit_status, words):
+    ended = client_host.run(["detour-client", *arguments], check=False)
+    assert ended.returncode == exit_status
+    assert ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1
+    assert words in ended.stderr
+    assert ended.stderr.startswith("detour-client")
+
+
+@pytest.fixture(scope="module")
+def client_host():
+    """The client of a lab that several tests share, as nothing is left on it."""
+    with Lab(reference_topology(rates_mbps=None), f"t{os.getpid()}shared") as lab:
+        yield lab.host("client")
+
+
+def test_an_unprivileged_daemon_says_what_it_lacks(client_host):
+    ended = client_host.run(["setpriv", "--reuid", "65534", "--clear-groups", "--bounding-set",
+                             "-all", "detour-client", "daemon", DETOUR], check=False)
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1
+    assert "CAP_NET_ADMIN" in ended.stderr
+
+
+def test_one_daemon_a_namespace(lab, start_client):
+    client = lab.host("client")
+    first = start_client(client, DETOUR)
+    second = client.run(["detour-client", "daemon", DETOUR], check=False)
+    assert second.returncode == 1
+    assert second.stderr.count("\n") == 1
+    assert f"pid {first.process.pid}" in second.stderr
+    assert status(client)["detours"]
