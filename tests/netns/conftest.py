@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from detour_tools import runtime
+from detour_tools.lab import namespaces
 from detour_tools.lab.captures import Capture
 from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Host, Lab
@@ -35,6 +37,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def unique_lab_name() -> str:
     """No two tests share a lab, also when several runs share the machine."""
     return f"t{os.getpid()}x{next(_numbers)}"
+
+
+def traces(name: str) -> list[str]:
+    """Everything on this machine that belongs to the lab ``name``."""
+    found = [str(path) for folder in (namespaces.RUN, namespaces.ETC, runtime.ROOT)
+             for path in folder.glob(f"*{name}*")]
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        command = namespaces.command_line(int(pid))
+        if f"netns exec {name}-" in command or f"marker-{name}" in command:
+            found.append(command)
+    return found
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A name for a lab that the test itself takes up; it is gone after the test."""
+    made = unique_lab_name()
+    yield made
+    Lab(reference_topology(), made).down()
 
 
 @pytest.fixture

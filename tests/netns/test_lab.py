@@ -12,7 +12,6 @@ import subprocess
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,20 +22,9 @@ from detour_tools.lab import namespaces, state
 from detour_tools.lab.daemons import wait_for
 from detour_tools.lab.network import Lab
 from detour_tools.lab.topology import reference_topology
-from tests.netns.conftest import MakeLab, Start, StartCapture, unique_lab_name
+from tests.netns.conftest import MakeLab, Start, StartCapture, traces
 
 DETOUR_LAB = str(Path(sysconfig.get_path("scripts"), "detour-lab"))
-
-
-def traces(name: str) -> list[str]:
-    """Everything on this machine that belongs to the lab ``name``."""
-    found = [str(path) for folder in (namespaces.RUN, namespaces.ETC, runtime.ROOT)
-             for path in folder.glob(f"*{name}*")]
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        command = namespaces.command_line(int(pid))
-        if f"netns exec {name}-" in command or f"marker-{name}" in command:
-            found.append(command)
-    return found
 
 
 def machine() -> dict[str, set[str]]:
@@ -44,14 +32,6 @@ def machine() -> dict[str, set[str]]:
     links = json.loads(subprocess.run(["ip", "-j", "link"], capture_output=True, check=True).stdout)
     rules = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True)
     return {"links": {link["ifname"] for link in links}, "tables": set(rules.stdout.splitlines())}
-
-
-@pytest.fixture
-def name() -> Iterator[str]:
-    """A name for a lab that the test itself takes up; it is gone after the test."""
-    made = unique_lab_name()
-    yield made
-    Lab(reference_topology(), made).down()
 
 
 def call(*arguments: object, status: int | None = 0, **options) -> subprocess.CompletedProcess[str]:
@@ -173,7 +153,7 @@ def test_down_leaves_nothing(name: str):
     lab.down()  # once more is fine
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3, 5])
+@pytest.mark.parametrize("steps", [0, 3])
 def test_killed_in_the_middle_of_up(name: str, steps: int, start: Start):
     """SIGKILL while the namespaces are being made: down finds all, and so does the next up."""
     script = f"""
@@ -271,7 +251,7 @@ def test_no_thread_process_or_descriptor_stays(name: str):
 # Links
 
 
-def mbps(lab: Lab, start: Start, seconds: int = 3) -> float:
+def mbps(lab: Lab, start: Start, seconds: int = 2) -> float:
     """Plain TCP from client to server, as iperf3's receiver saw it after the first second."""
     server = start(lab.host("server"), ["iperf3", "-s", "-1", "-J"])
     wait_for(lambda: lab.host("server").run(["ss", "-Hltn", "sport = :5201"]).stdout)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from detour_tools.cli import common
 from detour_tools.errors import UserError
-from detour_tools.lab import graph, network, state
+from detour_tools.lab import demo, graph, network, state
 from detour_tools.lab.topology import CONFIGS, MAX_DETOURS, Topology, reference_topology
 
 _DESCRIPTION = """\
@@ -87,14 +87,14 @@ def _parser() -> common.Parser:
     draw.set_defaults(call=_graph)
     _add_topology_options(draw)
 
-    demo = commands.add_parser(
+    show = commands.add_parser(
         "demo", help="run the main job on a lab of its own",
         description="Bring a lab up, send data over TCP, over TCP through the detour and over "
                     "Multipath TCP with both paths; show what happens, draw it, check that the "
                     "paths add up, and take everything down.")
-    demo.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR",
+    show.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR",
                       help="where pictures, captures and results go (default: %(default)s)")
-    demo.set_defaults(call=_demo)
+    show.set_defaults(call=_demo)
     return top
 
 
@@ -230,6 +230,4 @@ def _print_drawing(topology: Topology, cut: frozenset[str]) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from detour_tools.lab.demo import run  # noqa: PLC0415  (matplotlib is slow to load)
-
-    return run(arguments.output, arguments.name)
+    return demo.run(arguments.output, arguments.name)

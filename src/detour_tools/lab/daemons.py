@@ -96,18 +96,23 @@ class Daemon:
         """Wait for ``condition()`` to give something true, and return that."""
         deadline = time.monotonic() + timeout
         while not (found := condition()):
-            ended = self.process.poll()
-            if ended is not None:
+            if self.process.poll() is not None:
                 self._join()
-                if found := condition():
+                if found := condition():  # it was its last word
                     break
-                raise UserError(f"{self.name} on {self.host.name} ended with status {ended}",
-                                self.lines[-1] if self.lines else "it said nothing")
+                self.check()
             if time.monotonic() > deadline:
                 raise UserError(f"{self.name} on {self.host.name} did not show {what} within "
                                 f"{timeout:g} s", self.lines[-1] if self.lines else "")
             time.sleep(POLL_SECONDS)
         return found
+
+    def check(self) -> None:
+        """Raise UserError when the program has ended."""
+        ended = self.process.poll()
+        if ended is not None:
+            raise UserError(f"{self.name} on {self.host.name} ended with status {ended}",
+                            self.lines[-1] if self.lines else "it said nothing")
 
     def stop(self, signum: int = signal.SIGTERM, timeout: float = 10.0) -> int:
         """Send ``signum`` and wait for the end (SIGKILL after ``timeout``); its exit status."""

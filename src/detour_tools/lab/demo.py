@@ -10,17 +10,17 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final, Self
 
 from rich.console import Console
 from rich.markup import escape
 
 from detour_tools import control
 from detour_tools.errors import UserError
-from detour_tools.lab import graph, namespaces, report, state, transfers
+from detour_tools.lab import graph, namespaces, state, transfers
 from detour_tools.lab.captures import Capture
 from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import NO_NETEM, Host, Lab, need_root, search_path
@@ -34,6 +34,7 @@ _TOOLS: Final = {"ip": "iproute2", "curl": "curl", "iperf3": "iperf3", "tcpdump"
                  "mptcpize": "mptcpize"}
 # The TCP header with all its options fits; payload is of no interest.
 _SNAPLEN: Final = 96
+_TELL_SECONDS: Final = 1.0
 _STAMP = re.compile(r"^\d\d:\d\d:\d\d\.\d+ ")
 _COLOURS: Final = {"client": "cyan", "detour": "yellow", "server": "magenta"}
 
@@ -50,20 +51,21 @@ def run(output: Path, name: str) -> int:
         lock.enter_context(state.locked(f"{name}.demo", wait=False))
     except BlockingIOError:
         raise UserError(f"a demo is running on the lab '{name}' already") from None
-    with lock, _ended_by_signals() as deaf_to_signals:
-        story = _Story()
+    with lock, _Signals() as signals:
+        story = _Story(signals)
         lab = Lab(reference_topology(), name)
         if state.load(name) is not None:
             story.note(f"removing the lab '{name}' that a demo before left")
         lab.down()
         try:
-            try:
-                results = _Demo(lab, story).run(output)
-            finally:
-                deaf_to_signals()
+            results = _Demo(lab, story).run(output)
+        except Exception:
+            signals.check()  # Ctrl-C also ends what we had just started: that is no error
+            raise
         finally:
             lab.down()
-            story.note("everything is down again")
+            story.last_words("everything is down again")
+        signals.check()
     _hand_over(output)
     story.note(f"pictures, captures and figures are in {output}/: "
                + ", ".join(sorted(each.name for each in output.iterdir())))
@@ -85,42 +87,61 @@ def _need_programs() -> None:
                         "install detour-tools[lab], or use 'make venv'")
 
 
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[Callable[[], None]]:
-    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, and none of them interrupt the clean-up."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+class _Signals:
+    """Takes SIGINT, SIGTERM and SIGHUP while it is entered; check() acts on them.
 
-    def deafen() -> None:
-        for signum in signals:
-            signal.signal(signum, signal.SIG_IGN)
+    An exception out of a signal handler can come anywhere, also where Python swallows it or in
+    the middle of the clean-up. So the handler only takes note.
+    """
 
-    def end(signum: int, _frame: FrameType | None) -> None:
-        deafen()
-        if signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + signum)
+    def __init__(self) -> None:
+        self._caught: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
-    before = {signum: signal.signal(signum, end) for signum in signals}
-    try:
-        yield deafen
-    finally:
-        for signum, handler in before.items():
+    def __enter__(self) -> Self:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
             signal.signal(signum, handler)
+
+    def _note(self, signum: int, _frame: FrameType | None) -> None:
+        self._caught = self._caught or signum
+
+    def check(self) -> None:
+        """Raise what ends the program, if a signal has come."""
+        if self._caught == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._caught is not None:
+            raise SystemExit(128 + self._caught)
 
 
 class _Story:
-    """Prints what happens, with the seconds since the start and the host it happens on."""
+    """Prints what happens, with the seconds since the start and the host it happens on.
 
-    def __init__(self) -> None:
+    Headings and notes are also where a signal takes effect.
+    """
+
+    def __init__(self, signals: _Signals) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
-        self._started = time.monotonic()
+        self.signals = signals
         self.quiet = False
+        self._started = time.monotonic()
 
     def heading(self, text: str) -> None:
+        self.signals.check()
         self.console.print(f"\n[bold]{escape(text)}[/bold]")
 
     def note(self, text: str) -> None:
+        self.signals.check()
         self.console.print(escape(text))
+
+    def last_words(self, text: str) -> None:
+        """A note that nothing can keep back, not even a terminal that is gone."""
+        with contextlib.suppress(OSError):
+            self.console.print(escape(text))
 
     def line(self, host: str, text: str) -> None:
         """One thing that happened on ``host``."""
@@ -143,6 +164,8 @@ class _Demo:
         self._story = story
         self._client, self._detour, self._server = (
             lab.host(name) for name in ("client", "detour", "server"))
+        self._programs: list[Daemon] = []
+        self._next_tick = 0.0
 
     def run(self, output: Path) -> Results:
         """Everything, from bringing the lab up to the pictures."""
@@ -164,10 +187,15 @@ class _Demo:
             results = Results(netem=self._lab.netem)
             self._transfers(results, folder)
             story.quiet = True  # what they say when they are stopped is no part of it
+        story.signals.check()
         results.count_paths(captures["client"].path, self._client.address, {
             self._server.address: "direct", self._detour.address: "detour"})
+        story.signals.check()
+        # Not before: it keeps a cache in the home folder unless told otherwise.
+        os.environ["MPLCONFIGDIR"] = str(folder)
+        from detour_tools.lab import report  # noqa: PLC0415
+
         report.print_chart(results, story.console)
-        os.environ["MPLCONFIGDIR"] = str(folder)  # it leaves its cache nowhere else
         output.mkdir(parents=True, exist_ok=True)
         for capture in captures.values():
             shutil.move(capture.path, output / capture.path.name)
@@ -189,14 +217,12 @@ class _Demo:
             wrapped = ["mptcpize", "run", *command]
             story.line("server", "$ " + " ".join(map(str, wrapped)))
             # Not followed: they have nothing to say about paths.
-            daemon = running.enter_context(Daemon(self._server, wrapped))
-            daemon.wait_listening(port)
-        detour = running.enter_context(story.follow(
-            self._detour, ["detour-server", "--allow-remote", "10.0.0.0/8"]))
-        detour.wait_control_socket()
-        client = running.enter_context(story.follow(
-            self._client, ["detour-client", "daemon", "detour"]))
-        client.wait_control_socket()
+            self._programs.append(running.enter_context(Daemon(self._server, wrapped)))
+            self._programs[-1].wait_listening(port)
+        for host, ours in ((self._detour, ["detour-server", "--allow-remote", "10.0.0.0/8"]),
+                           (self._client, ["detour-client", "daemon", "detour"])):
+            self._programs.append(running.enter_context(story.follow(host, ours)))
+            self._programs[-1].wait_control_socket()
 
     def _transfers(self, results: Results, folder: Path) -> None:
         ways: list[tuple[Way, str, tuple[str, ...]]] = [
@@ -211,15 +237,17 @@ class _Demo:
                 http_port, iperf_port = self._mapping(HTTP_PORT), self._mapping(IPERF_PORT)
             url = f"http://{target}" + ("" if http_port == 80 else f":{http_port}") + "/file"
             self._story.line("client", "$ " + " ".join([*prefix, "curl", url]))
+            self._next_tick = time.monotonic() + _TELL_SECONDS
             got = transfers.download(self._client, url, folder / "got", self._sha256, prefix,
-                                     lambda: self._tell_paths("received"))
+                                     lambda: self._tick("received"))
             results.transfers["download"][way] = got
             self._story.line("client", f"{FILE_BYTES / 1e6:g} MB in {got.ended - got.started:.1f} s"
                                        f" ({got.mbps:.2f} Mbit/s), SHA-256 as it should be")
+            self._next_tick = time.monotonic() + _TELL_SECONDS
             self._story.line("client", "$ " + " ".join(
                 [*prefix, f"iperf3 -c {target} -p {iperf_port}"]))
             sent = transfers.upload(self._client, target, iperf_port, prefix,
-                                    lambda: self._tell_paths("sent"))
+                                    lambda: self._tick("sent"))
             results.transfers["upload"][way] = sent
             self._story.line("client", f"{sent.mbps:.2f} Mbit/s, as the receiver counted from "
                                        "second 1 to second 10")
@@ -234,8 +262,14 @@ class _Demo:
                                    f"{answer['remote']}")
         return int(answer["detour_port"])
 
-    def _tell_paths(self, direction: str) -> None:
-        """Bytes by path so far, as the daemon sees them."""
+    def _tick(self, direction: str) -> None:
+        """See that all programs live, and tell the bytes by path so far as the daemon has them."""
+        self._story.signals.check()
+        for program in self._programs:
+            program.check()
+        if time.monotonic() < self._next_tick:
+            return
+        self._next_tick = time.monotonic() + _TELL_SECONDS
         with namespaces.inside(self._client.namespace):
             status = control.call("detour-client", "status")
         totals: dict[str, int] = {}

@@ -15,7 +15,7 @@ from detour_tools.lab.network import Host
 
 # The reference's measure: bytes received from second 1 to second 10, over 9 s.
 UPLOAD_SECONDS: Final = 10
-_TICK_SECONDS: Final = 1.0
+_TICK_SECONDS: Final = 0.2
 _PATIENCE_SECONDS: Final = 60.0
 
 
@@ -77,10 +77,13 @@ def download(client: Host, url: str, target: Path, sha256: str, prefix: Sequence
 
 
 def _watched(host: Host, command: Sequence[object], on_tick: Callable[[], None]) -> str:
-    """Run ``command``, calling ``on_tick`` now and then; returns its standard output."""
+    """Run ``command``, calling ``on_tick`` several times a second; returns what it printed.
+
+    An exception out of ``on_tick`` ends the command.
+    """
     deadline = time.monotonic() + _PATIENCE_SECONDS
     with host.popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE) as process:
+                    stderr=subprocess.PIPE, start_new_session=True) as process:
         try:
             while True:
                 try:
