@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""(d) Bulk throughput through the detour: NAT, plain forwarding, a userspace relay.
+
+All three take the same hops: client, r1, r3, detour, r3, r2, server, and back the same way. For
+plain forwarding the server has an address of its own that is routed by the detour, which has no
+NAT rule and tracks no connection there. Links are not shaped, and all is one machine: what is
+compared is processor time.
+"""
+
+import contextlib
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.bench.bed import Bed, pause
+from tests.bench.figures import Figure, spread
+from tests.bench.requests import ask, for_remotes
+
+NAME = "d"
+TITLE = "bulk throughput through the detour"
+
+_PORT = 5201
+_RELAY_PORT = 7000
+_ROUTED = "10.0.98.1"  # the server's, reached through the detour
+
+# Spliced within the kernel where it can: the relay at its best.
+_HAPROXY = """
+global
+    maxconn 100
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+    option splice-auto
+listen relay
+    bind :{port}
+    server it 10.0.3.2:{target}
+"""
+
+
+class _Way:
+    def __init__(self, name: str, bed: Bed, target: str, port: int) -> None:
+        self.name = name
+        self.bed = bed
+        self.target = target
+        self.port = port
+        self.rates: list[float] = []
+
+    def measure(self, seconds: int) -> None:
+        report = json.loads(self.bed.run(
+            "client", "iperf3", "-c", self.target, "-p", self.port, "-J", "-t", seconds,
+            "-O", 1))
+        self.rates.append(report["end"]["sum_received"]["bits_per_second"] / 1e9)
+
+
+def run(say: Callable[[str], None], *, quick: bool, load: Path) -> Iterator[Figure]:
+    del load
+    with contextlib.ExitStack() as stack:
+        ways = [make(stack.enter_context(Bed(f"d{tag}")))
+                for make, tag in ((_plain, "p"), (_nat, "n"), (_relay, "r"))]
+        for way in ways:
+            way.bed.start("server", "iperf3", "-s", "-p", _PORT, "--forceflush").wait_output(
+                "Server listening")
+        for _ in range(2 if quick else 9):
+            for way in random.sample(ways, len(ways)):
+                pause(0.2)
+                way.measure(1 if quick else 2)
+            say(", ".join(f"{way.name} {way.rates[-1]:.1f} Gbit/s" for way in ways))
+    plain, nat, relay = ways
+    medians = {way.name: statistics.median(way.rates) for way in ways}
+    ratio = statistics.median(a / b for a, b in zip(nat.rates, plain.rates, strict=True))
+    yield Figure(bench=NAME, name="bulk, plain forwarding", value=medians[plain.name],
+                 unit="Gbit/s", details=spread(plain.rates))
+    yield Figure(bench=NAME, name="bulk, NAT detour", value=medians[nat.name], unit="Gbit/s",
+                 baseline=medians[plain.name], baseline_name="plain", ratio=ratio,
+                 target=">= 0.9 x", met=ratio >= 0.9, details=spread(nat.rates))
+    relayed = statistics.median(a / b for a, b in zip(nat.rates, relay.rates, strict=True))
+    yield Figure(bench=NAME, name="bulk, userspace relay (haproxy, splicing)",
+                 value=medians[relay.name], unit="Gbit/s", details=spread(relay.rates))
+    yield Figure(bench=NAME, name="bulk, NAT detour against the relay",
+                 value=medians[nat.name], unit="Gbit/s", baseline=medians[relay.name],
+                 baseline_name="relay", ratio=relayed)
+
+
+def _nat(bed: Bed) -> _Way:
+    bed.start_server("--backend", "nftables")
+    load = ask(bed.udp("10.0.1.1"), bed.detour, for_remotes([(0x0A000302, _PORT)]))
+    (port,) = load.ports.values()
+    return _Way("NAT", bed, bed.detour[0], port)
+
+
+def _plain(bed: Bed) -> _Way:
+    bed.run("server", "ip", "address", "add", f"{_ROUTED}/32", "dev", "lo")
+    bed.set_sysctls("detour", net__ipv4__ip_forward=1)
+    for host, command in (
+        # There: r1, r3, the detour, r3 again, r2.
+        ("r1", f"route add {_ROUTED} via 10.0.4.2"),
+        ("r3", f"route add {_ROUTED} via 10.0.5.1"),
+        ("r3", f"rule add iif L4 to {_ROUTED} table 100"),
+        ("r2", f"route add {_ROUTED} via 10.0.3.2"),
+        # And back.
+        ("r2", f"rule add from {_ROUTED} table 100"),
+        ("r2", "route add default via 10.0.5.2 table 100"),
+        ("r3", f"rule add iif L5 from {_ROUTED} table 100"),
+        ("r3", "route add default via 10.0.6.2 table 100"),
+    ):
+        bed.run(host, "ip", *command.split())
+    return _Way("plain", bed, _ROUTED, _PORT)
+
+
+def _relay(bed: Bed) -> _Way:
+    configuration = bed.lab.folder() / "haproxy.cfg"
+    configuration.write_text(_HAPROXY.format(port=_RELAY_PORT, target=_PORT), encoding="ascii")
+    bed.start("detour", "haproxy", "-db", "-f", configuration)
+    return _Way("relay", bed, bed.detour[0], _RELAY_PORT)
