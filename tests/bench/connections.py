@@ -84,12 +84,12 @@ def run(say: Callable[[str], None], *, quick: bool, load: Path) -> Iterator[Figu
         one_side = _Side(stack.enter_context(Bed("cx")), 1, load)
         many_side = _Side(stack.enter_context(Bed("cy")), many, load)
         say(f"{many:,} mappings made")
-        rounds = 4 if quick else 16
+        rounds = 6 if quick else 30
         for number in range(-1, rounds):  # the first is for warming up
             pair = [one_side, many_side]
             random.shuffle(pair)
             for side in pair:
-                side.round(0.5 if quick else 1.0)
+                side.round(0.5)
             if number < 0:
                 one_side.rates.clear()
                 many_side.rates.clear()

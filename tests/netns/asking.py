@@ -139,9 +139,9 @@ def refuses(host: Host, address: object, port: int) -> bool:
 
 def rules(host: Host) -> str:
     """All NAT and filter rules of a host, without counters."""
-    texts = [host.run(["nft", "list", "ruleset"]).stdout]
-    for table in ("nat", "filter"):
-        texts.append(host.run(["iptables-legacy", "-t", table, "-S"]).stdout)
+    texts = [host.run(command).stdout for command in (
+        ["nft", "list", "ruleset"],
+        ["iptables-legacy", "-t", "nat", "-S"], ["iptables-legacy", "-t", "filter", "-S"])]
     return re.sub(r"packets \d+ bytes \d+", "", "\n".join(texts))
 
 

@@ -299,7 +299,8 @@ def test_forged_answers_are_dropped_and_counted(ready_lab, hold):
     port = re.search(r"0\.0\.0\.0:(\d+) .*detour-client", sockets)[1]
     forge = ("import socket, struct; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM);"
              "{bind}"
-             "s.sendto(struct.pack('!BBHIHH', 1, 1, 0, 0x0a000302, 443, 666), ('10.0.1.1', {port}))")
+             "s.sendto(struct.pack('!BBHIHH', 1, 1, 0, 0x0a000302, 443, 666),"
+             " ('10.0.1.1', {port}))")
     ready_lab.host("r2").run([sys.executable, "-c", forge.format(port=port, bind="")])
     ready_lab.server.stop()  # its port is needed: an answer from the right place, to no question
     ready_lab.host("detour").run([sys.executable, "-c", forge.format(
@@ -436,7 +437,7 @@ def test_an_unprivileged_daemon_says_what_it_lacks(client_host):
 def test_one_daemon_a_namespace(lab, start_client):
     client = lab.host("client")
     first = start_client(client, DETOUR)
-    second = client.run(["detour-client", "daemon", DETOUR], check=False)
+    second = client.run(["detour-client", "daemon", DETOUR], check=False, timeout=10)
     assert second.returncode == 1
     assert second.stderr.count("\n") == 1
     assert f"pid {first.process.pid}" in second.stderr

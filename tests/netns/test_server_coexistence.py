@@ -154,7 +154,7 @@ def test_a_firewall_that_drops_is_named_with_the_cure(lab, start_server, backend
     warning = server.wait_line(words)
     asker = Asker(client, detour.address)
     port = asker.ask("10.0.3.2:80", 80)
-    with pytest.raises(OSError, match="timed out|refused"):
+    with pytest.raises(OSError, match=r"timed out|refused"):
         Flow(client, detour.address, port, timeout=0.3)
     server.stop()
     # What it says helps, and it says nothing any more then.

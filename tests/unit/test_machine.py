@@ -308,6 +308,19 @@ def test_the_servers_limit_is_respected():
     assert retried == [joins(THIRD)]  # tried again, later and later (here it is not answered)
 
 
+def test_a_server_that_refused_one_detour_is_not_tried_through_another():
+    detours = (NEAR, FAR, THIRD)
+    script = Script(detours, prefer="order", max_subflows=2)
+    for detour in script.machine.detours:  # all mappings are known
+        detour.remember(SERVER, 80)
+    script.created()
+    assert script.established() == [joins(NEAR), joins(FAR)]
+    script.joined(NEAR)
+    script.joined(FAR)
+    assert script.lost(FAR, after=0.05) == []
+    assert script.wait(59) == []
+
+
 def test_room_at_the_server_is_used_again():
     detours = (NEAR, FAR, THIRD)
     script = Script(detours, prefer="order", max_subflows=3)
