@@ -132,23 +132,23 @@ def _nft_allow(family: str, table: str, chain: str) -> str:
 
 def _nft_rule(line: str) -> Rule | None:
     bare = " ".join(_NFT_NOISE.sub(" ", line).split())
-    if _NFT_NEVER.search(bare):
-        return None
     if " vmap " in bare:
         drops = ": drop" in bare and ("ct state vmap" not in bare or "new : drop" in bare)
         return Rule(line, "drop", certain=False) if drops else None
     match = _NFT_VERDICT.search(bare)
     if match is None:
         return None
-    verdict = match[1].replace("goto ", "jump ").replace("reject", "drop")
     conditions = _NFT_ALWAYS.sub("", bare[:match.start()])
+    if _NFT_NEVER.search(conditions):
+        return None
+    verdict = match[1].replace("goto ", "jump ").replace("reject", "drop")
     return Rule(line, verdict, certain=not conditions.strip())
 
 
 # Legacy iptables
 
 _LEGACY_ALWAYS = re.compile(
-    r"-p tcp\b|-m tcp\b|-m comment --comment \S+|-m (?:conntrack --ct|state --)state "
+    r"-p tcp\b|-m tcp\b|-m comment --comment (?:\"[^\"]*\"|\S+)|-m (?:conntrack --ct|state --)state "
     r"[A-Z,]*(?:NEW|DNAT)[A-Z,]*")
 _LEGACY_NEVER = re.compile(
     r"(?<!! )(?:-p (?!tcp\b|all\b)\w+|--(?:ct)?state (?![A-Z,]*(?:NEW|DNAT))[A-Z,]+)")

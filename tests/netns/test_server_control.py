@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""status, list and flush: what they say, what they cut, and who may ask."""
+
+import json
+import re
+import stat
+from collections.abc import Callable
+
+import pytest
+
+from detour_tools import control
+from detour_tools.lab import namespaces
+from detour_tools.lab.daemons import Daemon
+from detour_tools.lab.network import Lab
+from tests.netns import asking
+from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
+from tests.netns.conftest import StartServer
+
+PRIVATE = ("--allow-remote", "10.0.0.0/8")
+AS_NOBODY = ("setpriv", "--reuid=65534", "--clear-groups")
+
+Serve = Callable[..., Daemon]
+
+
+@pytest.fixture(params=["nftables", "iptables"])
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def serve(lab: Lab, start_server: StartServer, backend: str) -> Serve:
+    def run(*arguments: object) -> Daemon:
+        return start_server(lab.host("detour"), "--backend", backend, *PRIVATE, *arguments)
+    return run
+
+
+def test_flush_cuts_the_flows_of_what_it_removes(lab, serve, backend):
+    serve()
+    detour, client, far = lab.host("detour"), lab.host("client"), lab.host("server")
+    WhoAmI(far, 80)
+    WhoAmI(far, 81)
+    askers = {host: Asker(lab.host(host), detour.address) for host in ("client", "r1")}
+    flows = {(host, port): Flow(lab.host(host), detour.address,
+                                asker.ask(f"10.0.3.2:{port}", port))
+             for host, asker in askers.items() for port in (80, 81)}
+
+    def flush(*arguments: str) -> int:
+        done = detour.run(["detour-server", "flush", "--json", *arguments])
+        return json.loads(done.stdout)["flushed"]
+
+    assert flush("--client", "10.9.9.9") == 0
+    assert all(flow.echo() for flow in flows.values())
+    assert flush("--client", "10.0.1.1", "--remote", "10.0.3.2:80") == 1
+    assert asking.is_cut(flows.pop(("client", 80)))
+    assert asking.refuses(client, detour.address, 80)
+    assert all(flow.echo() for flow in flows.values())
+    assert flush("--remote", "10.0.3.2:81") == 2
+    assert asking.is_cut(flows.pop(("client", 81)))
+    assert asking.is_cut(flows.pop(("r1", 81)))
+    assert flows["r1", 80].echo()
+    assert detour.run(["detour-server", "flush"]).stdout == "flushed 1 mappings\n"
+    assert asking.is_cut(flows["r1", 80])
+    assert kernel_mappings(detour, backend) == []
+    assert mappings(detour) == set()
+    # And it can be had again.
+    assert Flow(client, detour.address, askers["client"].ask("10.0.3.2:80", 80)).echo()
+
+
+def test_long_lists_are_whole(lab, serve, backend):
+    serve("--rate", "0")
+    detour = lab.host("detour")
+    asker = Asker(lab.host("client"), detour.address)
+    wanted = {f"10.0.3.2:{port}" for port in range(1, 2601)}
+    for start in range(1, 2601, 50):
+        batch = {f"10.0.3.2:{port}" for port in range(start, start + 50)}
+        for remote in batch:
+            asker.send_request(remote, 0)
+        for answer in asker.answers(2.0):
+            batch.discard(str(answer.remote))
+            if not batch:
+                break
+    assert {remote for _, _, remote in mappings(detour)} == wanted
+    text = detour.run(["detour-server", "list"]).stdout.splitlines()
+    assert len(text) == 2601
+    assert re.match(r"CLIENT +DETOUR PORT +REMOTE +UNUSED", text[0])
+    assert json.loads(detour.run(["detour-server", "flush", "--json"]).stdout) == {"flushed": 2600}
+    assert kernel_mappings(detour, backend) == []
+    assert detour.run(["detour-server", "list"]).stdout == "no mappings\n"
+
+
+def test_status_for_people_and_programs(lab, start_server):
+    detour = lab.host("detour")
+    start_server(detour, *PRIVATE, "--rate", "7")
+    asker = Asker(lab.host("client"), detour.address)
+    asker.ask("10.0.3.2:80", 80)
+    asker.ask("10.0.3.2:80", 80)
+    asker.ask("10.0.3.3:80", 80)
+    assert asker.is_refused("127.0.0.1:1", 1)
+    found = asking.status(detour)
+    assert (found["mappings"], found["clients"], found["backend"]) == (3, 1, "nftables")
+    counts = {name: count for name, count in found["requests"].items() if count}
+    assert counts == {"received": 5, "new": 2, "moved": 1, "existing": 1, "refused": 1}
+    assert found["policy"]["rate"] == 7
+    text = detour.run(["detour-server", "status"]).stdout
+    for words in ("UDP 0.0.0.0:45672", "nftables", "3 of 131072", "loopback 1", "10.0.0.0/8",
+                  "7 requests/s"):
+        assert words in text
+
+
+def test_without_a_server_it_is_one_line(lab):
+    done = lab.host("detour").run(["detour-server", "status"], check=False)
+    assert done.returncode == 1
+    assert done.stderr == ("detour-server: no detour-server runs in this network namespace "
+                           "(start it first)\n")
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("flush", "--client", "nobody"), "'nobody' is not an IP address"),
+    (("flush", "--remote", "10.0.0.1"), "has no port"),
+])
+def test_wrong_questions_are_one_line(lab, start_server, arguments, words):
+    detour = lab.host("detour")
+    start_server(detour)
+    done = detour.run(["detour-server", *arguments], check=False)
+    assert done.returncode
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_only_root_may_ask(lab, start_server):
+    detour = lab.host("detour")
+    start_server(detour)
+    with namespaces.inside(detour.namespace):
+        path = control.socket_path("detour-server")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    done = detour.run([*AS_NOBODY, "--regid=65534", "detour-server", "status"], check=False)
+    assert done.returncode == 1
+    assert "may not speak to detour-server" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_control_group_may_ask(lab, start_server):
+    detour = lab.host("detour")
+    start_server(detour, "--control-group", "adm")
+    with namespaces.inside(detour.namespace):
+        path = control.socket_path("detour-server")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    assert path.group() == "adm"
+    done = detour.run([*AS_NOBODY, "--regid=adm", "detour-server", "status", "--json"])
+    assert json.loads(done.stdout)["mappings"] == 0
+    done = detour.run([*AS_NOBODY, "--regid=65534", "detour-server", "status"], check=False)
+    assert "may not speak to detour-server" in done.stderr
+
+
+def test_nonsense_on_the_control_socket_does_not_hurt(lab, start_server):
+    detour = lab.host("detour")
+    server = start_server(detour)
+    with namespaces.inside(detour.namespace):
+        for command in ("nonsense", "list", "flush"):
+            with pytest.raises(control.UserError):
+                control.call("detour-server", command, after="x", client=5, remote=7)
+    assert asking.status(detour)["mappings"] == 0
+    assert "Traceback" not in server.output

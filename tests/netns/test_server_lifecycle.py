@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Start, stop, kill, restart, reload, expiry: what a detour leaves, keeps and takes over."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from detour_tools import runtime
+from detour_tools.conntrack import Conntrack
+from detour_tools.lab import namespaces
+from detour_tools.lab.daemons import Daemon
+from detour_tools.lab.network import Lab
+from tests.netns import asking
+from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
+from tests.netns.conftest import Start, StartServer
+
+PRIVATE = ("--allow-remote", "10.0.0.0/8")
+
+Serve = Callable[..., Daemon]
+
+
+@pytest.fixture(params=["nftables", "iptables"])
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def serve(lab: Lab, start_server: StartServer, backend: str) -> Serve:
+    def run(*arguments: object, backend: str = backend) -> Daemon:
+        return start_server(lab.host("detour"), "--backend", backend, *PRIVATE, *arguments)
+    return run
+
+
+@pytest.fixture
+def asker(lab: Lab) -> Asker:
+    return Asker(lab.host("client"), lab.host("detour").address)
+
+
+@pytest.fixture
+def web(lab: Lab) -> WhoAmI:
+    return WhoAmI(lab.host("server"), 80)
+
+
+def flow_through(lab: Lab, asker: Asker, proposed: int = 80) -> Flow:
+    flow = Flow(lab.host("client"), "10.0.6.2", asker.ask("10.0.3.2:80", proposed))
+    assert flow.seen_as == "10.0.6.2"
+    assert flow.echo()
+    return flow
+
+
+def runtime_folder(lab: Lab) -> Path:
+    with namespaces.inside(lab.host("detour").namespace):
+        return runtime.directory()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("forwarding", ["0", "1"])
+def test_clean_up(lab, serve, asker, web, number, forwarding):
+    detour = lab.host("detour")
+    detour.run(["sysctl", "-qw", f"net.ipv4.ip_forward={forwarding}"])
+    before = asking.rules(detour)
+    server = serve()
+    assert asking.forwarding(detour) == "1"
+    flow = flow_through(lab, asker)
+    assert server.stop(number) == 0
+    assert asking.rules(detour) == before
+    assert asking.forwarding(detour) == forwarding
+    assert asking.is_cut(flow)
+    assert not [path for path in runtime_folder(lab).glob("*") if path.suffix != ".lock"]
+
+
+def test_after_a_kill_the_next_one_takes_over(lab, serve, backend, asker, web):
+    detour = lab.host("detour")
+    server = serve()
+    flow = flow_through(lab, asker)
+    picked = asker.ask("10.0.3.2:81", 0)
+    before = mappings(detour)
+    for _ in range(2):
+        server.kill()
+        assert flow.echo(), "flows do not need the server"
+        assert not asking.refuses(lab.host("client"), "10.0.6.2", 80), "nor do mappings"
+        server = serve()
+        assert server.matching("took over 2 mappings")
+        assert mappings(detour) == before
+        assert set(kernel_mappings(detour, backend)) == before
+        assert asker.ask("10.0.3.2:81", 0) == picked
+        assert flow.echo()
+    assert server.stop() == 0
+    assert asking.forwarding(detour) == "0", "what stood before the first one was remembered"
+    assert "DETOUR" not in asking.rules(detour).upper()
+    assert asking.is_cut(flow)
+
+
+def test_the_other_back_end_takes_over(lab, serve, backend, asker, web):
+    detour = lab.host("detour")
+    server = serve()
+    flow = flow_through(lab, asker)
+    asker.ask("10.0.3.2:81", 0)
+    before = mappings(detour)
+    server.kill()
+    other = {"nftables": "iptables", "iptables": "nftables"}[backend]
+    server = serve(backend=other)
+    assert asking.status(detour)["backend"] == other
+    assert flow.echo()
+    assert set(kernel_mappings(detour, other)) == mappings(detour) == before
+    text = asking.rules(detour)
+    assert ("table ip detour-tools" in text) == (other == "nftables")
+    assert ("DETOUR-PREROUTING" in text) == (other == "iptables")
+    again = Flow(lab.host("client"), "10.0.6.2", 80)
+    assert again.seen_as == "10.0.6.2"
+    server.stop()
+    assert "DETOUR" not in asking.rules(detour).upper()
+
+
+def test_empty_left_overs_of_the_other_back_end_are_removed(lab, serve, backend):
+    serve().kill()
+    other = {"nftables": "iptables", "iptables": "nftables"}[backend]
+    serve(backend=other).stop()
+    assert "DETOUR" not in asking.rules(lab.host("detour")).upper()
+
+
+def test_auto_prefers_nftables(lab, start_server):
+    start_server(lab.host("detour"), *PRIVATE)
+    assert asking.status(lab.host("detour"))["backend"] == "nftables"
+
+
+def test_rules_that_somebody_removes_come_back(lab, serve, backend, asker, web):
+    detour = lab.host("detour")
+    server = serve()
+    flow = flow_through(lab, asker)
+    before = mappings(detour)
+    if backend == "nftables":
+        detour.run(["nft", "flush", "ruleset"])
+    else:
+        detour.run(["iptables-legacy", "-t", "nat", "-F"])
+    server.wait_line("made them anew, with 1 mappings")
+    assert set(kernel_mappings(detour, backend)) == before
+    assert Flow(lab.host("client"), "10.0.6.2", 80).seen_as == "10.0.6.2"
+    assert flow.echo()
+    # A request is not answered in between without being live either.
+    if backend == "nftables":
+        asking.in_time("a repair is allowed again", _slowly(1.1))
+        detour.run(["nft", "delete", "table", "ip", "detour-tools"])
+        assert asker.ask("10.0.3.2:8000", 8000) == 8000
+        assert ("10.0.1.1", 8000, "10.0.3.2:8000") in kernel_mappings(detour, backend)
+
+
+def _slowly(seconds: float):
+    start = time.monotonic()
+    while True:
+        yield time.monotonic() - start > seconds
+
+
+def test_idle_mappings_go_and_those_with_flows_stay(lab, serve, backend, asker, web):
+    detour = lab.host("detour")
+    serve("--idle-timeout", "1")
+    flow = flow_through(lab, asker)
+    asker.ask("10.0.3.2:81", 81)
+    used = {("10.0.1.1", 80, "10.0.3.2:80")}
+    asking.in_time("the idle one is gone", (mappings(detour) == used for _ in range(999)))
+    assert set(kernel_mappings(detour, backend)) == used
+    assert asking.status(detour)["expired"] == 1
+    assert flow.echo()
+    # Requests keep a mapping alive, too.
+    for _ in range(8):
+        asker.ask("10.0.3.2:82", 82)
+        asking.in_time("a while", _slowly(0.25))
+    assert ("10.0.1.1", 82, "10.0.3.2:82") in mappings(detour)
+    with namespaces.inside(detour.namespace), contextlib.closing(Conntrack()) as conntrack:
+        flows = [each for each in conntrack.flows() if each.mapping.detour_port == 80]
+        assert len(flows) == 1
+        conntrack.cut(flows[0])
+    asking.in_time("all are gone", (not mappings(detour) for _ in range(999)))
+    assert kernel_mappings(detour, backend) == []
+
+
+def test_reload(lab, serve, backend, asker, tmp_path):
+    detour = lab.host("detour")
+    config = tmp_path / "server.toml"
+    config.write_text('allow-client = ["10.0.1.0/24"]\nmax-mappings = 3\nidle-timeout = 100\n')
+    server = serve("--config", config, "--idle-timeout", "200")
+    stranger = Asker(lab.host("r1"), detour.address)
+    assert asker.ask("10.0.3.2:80", 80) == 80
+    assert stranger_is_refused(detour, stranger)
+    config.write_text('allow-client = ["10.0.0.0/8"]\nmax-mappings = 200000\nidle-timeout = 50\n'
+                      'listen = "0.0.0.0:99"\n')
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_line("^.*reloaded$")
+    assert server.matching("listen takes effect at the next start only")
+    assert stranger.ask("10.0.3.2:80", 80) == 80
+    policy = asking.status(detour)["policy"]
+    assert (policy["max_mappings"], policy["idle_timeout"]) == (200000, 200.0)
+    assert policy["allow_remote"] == ["10.0.0.0/8"], "the command line stays"
+    assert len(kernel_mappings(detour, backend)) == 2, "mappings stay"
+    # A bad file changes nothing, and is one line.
+    config.write_text("allow-client = 5\n")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_line(r"not reloaded: .*allow-client: must be a list")
+    assert stranger.ask("10.0.3.2:81", 81) == 81
+    config.unlink()
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_line("not reloaded: there is no file")
+    assert asking.status(detour)["policy"] == policy
+    assert "Traceback" not in server.output
+
+
+def stranger_is_refused(detour, stranger) -> bool:
+    stranger.send_request("10.0.3.2:80", 80)
+    asking.in_time("the refusal is counted",
+                   (asking.status(detour)["refused"].get("client") for _ in range(999)))
+    return True
+
+
+def fails(lab: Lab, *arguments: object, command: tuple[str, ...] = ("detour-server",)) -> str:
+    """What a server that cannot start says: one line."""
+    done = lab.host("detour").run([*command, *arguments], check=False, timeout=20)
+    assert done.returncode not in (0, None)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+def test_a_second_server_is_refused_and_the_first_unharmed(lab, serve, asker, web):
+    serve()
+    flow = flow_through(lab, asker)
+    assert "another detour-server already runs" in fails(lab, "--listen", "0.0.0.0:1234")
+    assert flow.echo()
+    assert asker.ask("10.0.3.2:81", 81) == 81
+
+
+def test_a_start_that_fails_leaves_what_a_killed_server_left(lab, serve, asker, web):
+    server = serve()
+    flow = flow_through(lab, asker)
+    server.kill()
+    detour = lab.host("detour")
+    with namespaces.inside(detour.namespace):
+        busy = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with busy:
+        busy.bind(("0.0.0.0", 45672))
+        assert re.search(r"UDP port 45672 is in use \(.*--listen\)", fails(lab))
+    assert "there is no group 'nobody-knows'" in fails(lab, "--control-group", "nobody-knows")
+    assert "10.1.2.3 is not an address of this host" in fails(lab, "--listen", "10.1.2.3")
+    assert flow.echo()
+    assert asking.forwarding(detour) == "1"
+    serve().stop()
+    assert asking.forwarding(detour) == "0"
+
+
+def test_without_privileges_it_is_one_line(lab):
+    line = fails(lab, command=(
+        "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "detour-server"))
+    assert "needs CAP_NET_ADMIN (run it as root, or with sudo)" in line
+
+
+@pytest.mark.parametrize(("backend", "missing", "words"), [
+    ("nftables", "nftables", "python3-nftables"), ("iptables", "iptc", "python-iptables")])
+def test_a_missing_library_is_one_line(lab, tmp_path, backend, missing, words):
+    (tmp_path / f"{missing}.py").write_text("raise ImportError('not installed')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = "import sys; from detour_tools.cli.server import main; main()"
+    done = lab.host("detour").run([_python(), "-c", code, "--backend", backend], check=False,
+                                  env=environment, timeout=20)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert words in done.stderr
+    assert asking.forwarding(lab.host("detour")) == "0"
+
+
+def _python() -> str:
+    return str(Path(__file__).parents[2] / ".venv/bin/python")
+
+
+def test_nobody_reading_the_output_does_not_stop_the_service(lab, backend, asker):
+    detour = lab.host("detour")
+    process = detour.popen(["detour-server", "--backend", backend, *PRIVATE, "--rate", "0"],
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert process.stdout.readline() == "net.ipv4.ip_forward = 1\n"
+        # First it is not read (64 KiB fill the pipe), then it is closed.
+        for port in range(1, 1201):
+            asker.ask("10.0.3.2:80" if port % 2 else "10.0.3.3:80", 0)
+        process.stdout.close()
+        for port in range(1, 50):
+            assert asker.ask(f"10.0.3.2:{port}", port) == port
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_systemd_is_told(lab, start: Start, backend, tmp_path):
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(path))
+        systemd.settimeout(10)
+        server = start(lab.host("detour"), [
+            "env", f"NOTIFY_SOCKET={path}", "WATCHDOG_USEC=200000", "detour-server",
+            "--backend", backend])
+        assert systemd.recv(100) == b"READY=1"
+        assert systemd.recv(100) == b"WATCHDOG=1"
+        server.stop()
+        with contextlib.suppress(TimeoutError):
+            while (said := systemd.recv(100)) == b"WATCHDOG=1":
+                pass
+        assert said == b"STOPPING=1"

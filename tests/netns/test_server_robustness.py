@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A million random and mutated datagrams."""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from detour_tools.endpoint import parse_endpoint
+from tests.netns import asking
+from tests.netns.asking import Asker, kernel_mappings
+
+SENDERS = 2
+DATAGRAMS = 1_000_000
+RATE = 40_000
+ROOT = Path(__file__).parents[2]
+
+
+def resident_kib(pid: int) -> int:
+    text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return int(re.search(r"VmRSS:\s+(\d+)", text)[1])
+
+
+@pytest.mark.parametrize("backend", ["nftables"])  # none of it gets as far as a back end
+def test_a_million_bad_datagrams(lab, start_server, start, backend):
+    detour, client = lab.host("detour"), lab.host("client")
+    server = start_server(detour, "--backend", backend, "--rate", "0")
+    asker = Asker(client, detour.address)
+    served = set()
+    slowest = 0.0
+
+    def flood(count: int, seed: int, rate: int) -> None:
+        nonlocal slowest
+        senders = [start(client, [sys.executable, "-m", "tests.netns.flood", detour.address,
+                                  count // SENDERS, seed + number, rate // SENDERS])
+                   for number in range(SENDERS)]
+        while any(sender.process.poll() is None for sender in senders):
+            remote = parse_endpoint(f"130.104.230.45:{len(served) + 1}")
+            began = time.monotonic()
+            served.add(("10.0.1.1", asker.ask(remote, 0), str(remote)))
+            slowest = max(slowest, time.monotonic() - began)
+            time.sleep(0.02)
+        assert [sender.process.poll() for sender in senders] == [0] * SENDERS
+
+    # More than it can take: the kernel drops most, and still there are answers.
+    flood(DATAGRAMS // 4, 1, 0)
+    overloaded = asking.status(detour)["requests"]["received"]
+    before = resident_kib(server.process.pid)
+    # At a pace at which it sees nearly all of them.
+    flood(DATAGRAMS, 11, RATE)
+    grown = resident_kib(server.process.pid) - before
+    asker.ask("130.104.230.45:65535", 65535)
+    served.add(("10.0.1.1", 65535, "130.104.230.45:65535"))
+
+    found = asking.status(detour)
+    requests = found["requests"]
+    assert set(kernel_mappings(detour, backend)) == served
+    assert found["mappings"] == len(served) > 10
+    assert requests["received"] - overloaded > DATAGRAMS * 0.9
+    assert requests["malformed"] > requests["received"] / 4
+    assert requests["refused"] > requests["received"] / 4
+    assert {"private", "loopback", "multicast", "reserved"} < set(found["refused"])
+    # Room for the well-behaved client's own mappings, and for nothing a datagram.
+    assert grown < 4096, f"{grown} KiB for a million datagrams"
+    assert slowest < 5.0
+    assert "Traceback" not in server.output
+    assert len(server.lines) < len(served) + 1000, "bad datagrams are logged at a bounded rate"
