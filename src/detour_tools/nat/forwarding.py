@@ -148,8 +148,8 @@ def _nft_rule(line: str) -> Rule | None:
 # Legacy iptables
 
 _LEGACY_ALWAYS = re.compile(
-    r"-p tcp\b|-m tcp\b|-m comment --comment (?:\"[^\"]*\"|\S+)|-m (?:conntrack --ct|state --)state "
-    r"[A-Z,]*(?:NEW|DNAT)[A-Z,]*")
+    r'-p tcp\b|-m tcp\b|-m comment --comment (?:"[^"]*"|\S+)'
+    r"|-m (?:conntrack --ct|state --)state [A-Z,]*(?:NEW|DNAT)[A-Z,]*")
 _LEGACY_NEVER = re.compile(
     r"(?<!! )(?:-p (?!tcp\b|all\b)\w+|--(?:ct)?state (?![A-Z,]*(?:NEW|DNAT))[A-Z,]+)")
 
