@@ -66,6 +66,11 @@ def runtime_folder(lab: Lab) -> Path:
 def test_clean_up(lab, serve, asker, web, number, forwarding):
     detour = lab.host("detour")
     detour.run(["sysctl", "-qw", f"net.ipv4.ip_forward={forwarding}"])
+    # With NAT of somebody else's the kernel would go on with flows it has once translated.
+    detour.run(["nft", "-f", "-"], input="""table ip nat {
+        chain prerouting { type nat hook prerouting priority dstnat; policy accept; }
+        chain postrouting { type nat hook postrouting priority srcnat; policy accept; }
+    }""")
     before = asking.rules(detour)
     server = serve()
     assert asking.forwarding(detour) == "1"
