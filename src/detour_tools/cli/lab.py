@@ -154,6 +154,7 @@ def _status(arguments: argparse.Namespace) -> None:
                       for link in lab.topology.links_of(host.name)},
         "processes": [{"pid": pid, "command": command} for pid, command in host.processes()],
     } for host in lab.hosts()]
+    cut = lab.cut_links()
     links = [{
         "name": link.name,
         "ends": [{"host": end.host, "address": str(end.interface)} for end in link.ends],
@@ -161,7 +162,7 @@ def _status(arguments: argparse.Namespace) -> None:
         "delay_ms": link.delay_ms,
         "delay_emulated": lab.netem,
         "loss_percent": link.loss_percent,
-        "up": lab.link_is_up(link.name),
+        "up": link.name not in cut,
     } for link in lab.topology.links]
     if arguments.json:
         common.print_json({"name": lab.name, "title": lab.topology.title, "netem": lab.netem,
@@ -218,7 +219,7 @@ def _graph(arguments: argparse.Namespace) -> None:
         network.need_root()
         lab = network.Lab.attach(arguments.name)
         topology = lab.topology
-        cut = frozenset(link.name for link in topology.links if not lab.link_is_up(link.name))
+        cut = lab.cut_links()
     _print_drawing(topology, cut)
 
 

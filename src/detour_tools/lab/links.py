@@ -5,6 +5,7 @@ With netem in the kernel a link has its delay and its loss from netem and its ra
 below it. Without netem the rate is tbf's, loss is a random drop by nftables, and there is no delay.
 """
 
+import contextlib
 import subprocess
 from dataclasses import dataclass
 from errno import ENOENT
@@ -73,7 +74,7 @@ def kernel_has_netem(namespace: str) -> bool:
             if error.code == ENOENT:
                 return False
             raise
-        route.tc("del", index=1, handle=_ROOT_HANDLE)
+        route.tc("del", index=1, root=True)
         return True
 
 
@@ -116,9 +117,15 @@ def _shape(route: IPRoute, index: int, wanted: Shaping) -> None:
         route.tc("add", "netem", index=index, handle=_ROOT_HANDLE, delay=wanted.delay_us,
                  loss=wanted.netem_loss_percent, limit=wanted.netem_limit_packets)
         tbf_place = {"parent": _ROOT_HANDLE + 1, "handle": _CHILD_HANDLE}
-    if wanted.rate_bytes is not None:
+    if wanted.rate_bytes is None:
+        return
+    try:
         route.tc("add", "tbf", index=index, rate=wanted.rate_bytes, burst=wanted.burst,
                  limit=wanted.limit, **tbf_place)
+    except NetlinkError as error:
+        if error.code == ENOENT:
+            raise UserError("this kernel cannot limit rates", "it lacks sch_tbf") from None
+        raise
 
 
 def _congestion_control() -> dict[str, Any]:
@@ -156,10 +163,15 @@ def mend(topology: Topology, link: Link, namespace_of: dict[str, str]) -> None:
          f"add table netdev {table}\ndelete table netdev {table}\n")
 
 
-def is_cut(topology: Topology, link: Link, namespace_of: dict[str, str]) -> bool:
-    """Whether cut() is in force."""
-    tables = _nft(namespace_of[_keeper(topology, link)], "list tables\n")
-    return f"table netdev {_CUT_TABLE}_{link.name}" in tables.splitlines()
+def cut_links(topology: Topology, namespace_of: dict[str, str]) -> frozenset[str]:
+    """The names of the links that are cut."""
+    tables: set[str] = set()
+    for host in {_keeper(topology, link) for link in topology.links}:
+        # A kernel without nftables cannot have cut any, and needs none to be looked at.
+        with contextlib.suppress(UserError):
+            tables |= set(_nft(namespace_of[host], "list tables\n").splitlines())
+    return frozenset(link.name for link in topology.links
+                     if f"table netdev {_CUT_TABLE}_{link.name}" in tables)
 
 
 def _drop_both_ways(namespace: str, table: str, device: str, rule: str) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The lab itself: a topology brought to life in network namespaces of this machine."""
 
-import errno
 import os
 import socket
 import subprocess
@@ -10,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from pyroute2.netlink.exceptions import NetlinkError
 
 from detour_tools import runtime, sysctl
 from detour_tools.endpoint import IPAddress
@@ -127,8 +128,8 @@ class Lab:
                 self._build()
             except BaseException as error:  # also Ctrl-C: nothing may stay half built
                 self._clean()
-                if isinstance(error, OSError) and error.errno == errno.EPERM:
-                    raise UserError("this machine does not allow to build namespaces") from error
+                if isinstance(error, OSError | NetlinkError):
+                    raise UserError(f"this machine cannot build the lab: {error}") from error
                 raise
             state.save(self.name, state.State(self.topology, complete=True, netem=self.netem))
             return True
@@ -167,9 +168,13 @@ class Lab:
         link = self.topology.link(name)
         (links.mend if up else links.cut)(self.topology, link, self.namespaces)
 
+    def cut_links(self) -> frozenset[str]:
+        """The names of the links that are cut."""
+        return links.cut_links(self.topology, self.namespaces)
+
     def link_is_up(self, name: str) -> bool:
         """Whether the link is not cut."""
-        return not links.is_cut(self.topology, self.topology.link(name), self.namespaces)
+        return self.topology.link(name).name not in self.cut_links()
 
     def _whole(self, topology: Topology | None = None) -> bool:
         hosts = (topology or self.topology).hosts
