@@ -68,8 +68,10 @@ def test_clean_up(lab, serve, asker, web, number, forwarding):
     detour.run(["sysctl", "-qw", f"net.ipv4.ip_forward={forwarding}"])
     # With NAT of somebody else's the kernel would go on with flows it has once translated.
     detour.run(["nft", "-f", "-"], input="""table ip nat {
-        chain prerouting { type nat hook prerouting priority dstnat; policy accept; }
-        chain postrouting { type nat hook postrouting priority srcnat; policy accept; }
+        chain prerouting { type nat hook prerouting priority dstnat; policy accept;
+            tcp dport 8088 dnat to 10.0.3.2:81; }
+        chain postrouting { type nat hook postrouting priority srcnat; policy accept;
+            ip saddr 192.168.77.0/24 masquerade; }
     }""")
     before = asking.rules(detour)
     server = serve()
