@@ -188,7 +188,10 @@ class IptablesBackend:
 @contextlib.contextmanager
 def _xtables_lock() -> Iterator[None]:
     """Hold the lock that iptables holds while it changes a table; raises NatError."""
-    fd = os.open(_LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(_LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise NatError(f"cannot open {_LOCK}: {error.strerror}") from None
     try:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
