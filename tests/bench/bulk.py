@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """(d) Bulk throughput through the detour: NAT, plain forwarding, a userspace relay.
 
-All three take the same hops: client, r1, r3, detour, r3, r2, server, and back the same way. For
-plain forwarding the server has an address of its own that is routed by the detour, which has no
-NAT rule and tracks no connection there. Links are not shaped, and all is one machine: what is
-compared is processor time.
+All three take the same hops: client, r1, r3, detour, r3, r2, server, and back the same way, to an
+address of the server that is routed through the detour. For plain forwarding the detour has no
+NAT rule, and tracks no connection. Links are not shaped, and all is one machine: what is compared
+is processor time. Congestion control is cubic, by the lab's routes.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from tests.bench.bed import Bed, pause
@@ -37,7 +38,7 @@ defaults
     option splice-auto
 listen relay
     bind :{port}
-    server it 10.0.3.2:{target}
+    server it {server}:{target}
 """
 
 
@@ -85,16 +86,35 @@ def run(say: Callable[[str], None], *, quick: bool, load: Path) -> Iterator[Figu
                  baseline_name="relay", ratio=relayed)
 
 
+def _plain(bed: Bed) -> _Way:
+    _route_by_detour(bed)
+    bed.set_sysctls("detour", net__ipv4__ip_forward=1)
+    return _Way("plain", bed, _ROUTED, _PORT)
+
+
 def _nat(bed: Bed) -> _Way:
+    _route_by_detour(bed)
     bed.start_server("--backend", "nftables")
-    load = ask(bed.udp("10.0.1.1"), bed.detour, for_remotes([(0x0A000302, _PORT)]))
+    load = ask(bed.udp("10.0.1.1"), bed.detour, for_remotes([(int(IPv4Address(_ROUTED)), _PORT)]))
     (port,) = load.ports.values()
     return _Way("NAT", bed, bed.detour[0], port)
 
 
-def _plain(bed: Bed) -> _Way:
+def _relay(bed: Bed) -> _Way:
+    _route_by_detour(bed)
+    configuration = bed.lab.folder() / "haproxy.cfg"
+    configuration.write_text(_HAPROXY.format(port=_RELAY_PORT, server=_ROUTED, target=_PORT),
+                             encoding="ascii")
+    bed.start("detour", "haproxy", "-db", "-f", configuration)
+    return _Way("relay", bed, bed.detour[0], _RELAY_PORT)
+
+
+def _route_by_detour(bed: Bed) -> None:
+    """Give the server an address that is routed through the detour, there and back.
+
+    In all labs alike, as the rules for it cost something, too.
+    """
     bed.run("server", "ip", "address", "add", f"{_ROUTED}/32", "dev", "lo")
-    bed.set_sysctls("detour", net__ipv4__ip_forward=1)
     for host, command in (
         # There: r1, r3, the detour, r3 again, r2.
         ("r1", f"route add {_ROUTED} via 10.0.4.2"),
@@ -108,11 +128,3 @@ def _plain(bed: Bed) -> _Way:
         ("r3", "route add default via 10.0.6.2 table 100"),
     ):
         bed.run(host, "ip", *command.split())
-    return _Way("plain", bed, _ROUTED, _PORT)
-
-
-def _relay(bed: Bed) -> _Way:
-    configuration = bed.lab.folder() / "haproxy.cfg"
-    configuration.write_text(_HAPROXY.format(port=_RELAY_PORT, target=_PORT), encoding="ascii")
-    bed.start("detour", "haproxy", "-db", "-f", configuration)
-    return _Way("relay", bed, bed.detour[0], _RELAY_PORT)
