@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sends datagrams that must make no mapping: python -m tests.netns.flood DETOUR COUNT SEED RATE
+"""Sends datagrams that must make no mapping: python -m tests.netns.flood DETOUR SEED RATE
 
 Random bytes, damaged requests, and well-formed requests for what is never allowed; RATE a second,
-0 for as fast as it goes.
+0 for as fast as it goes; until it is stopped.
 """
 
+import itertools
 import random
 import socket
 import struct
@@ -44,7 +45,7 @@ def is_harmless(datagram: bytes) -> bool:
     return address.is_multicast or not address.is_global
 
 
-def main(detour: str, count: str, seed: str, rate: str) -> None:
+def main(detour: str, seed: str, rate: str) -> None:
     source = random.Random(int(seed))
     pool: list[bytes] = []
     while len(pool) < _DISTINCT:
@@ -55,7 +56,7 @@ def main(detour: str, count: str, seed: str, rate: str) -> None:
         connection.connect((detour, mproxy.PORT))
         send = connection.send
         start = time.monotonic()
-        for number in range(int(count)):
+        for number in itertools.count():
             send(pool[number % _DISTINCT])
             if rate != "0" and number % 100 == 0:
                 time.sleep(max(0.0, start + number / int(rate) - time.monotonic()))

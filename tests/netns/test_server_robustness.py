@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from detour_tools import control
 from detour_tools.endpoint import parse_endpoint
+from detour_tools.lab import namespaces
 from tests.netns import asking
 from tests.netns.asking import Asker, kernel_mappings
 
 SENDERS = 2
 DATAGRAMS = 1_000_000
-RATE = 40_000
+RATE = 60_000
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,24 +33,32 @@ def test_a_million_bad_datagrams(lab, start_server, start, backend):
     served = set()
     slowest = 0.0
 
+    def received() -> int:
+        with namespaces.inside(detour.namespace):
+            return control.call("detour-server", "status")["requests"]["received"]
+
     def flood(count: int, seed: int, rate: int) -> None:
+        """Until the server has received so many more; asking it all the time."""
         nonlocal slowest
+        until = received() + count
         senders = [start(client, [sys.executable, "-m", "tests.netns.flood", detour.address,
-                                  count // SENDERS, seed + number, rate // SENDERS])
-                   for number in range(SENDERS)]
-        while any(sender.process.poll() is None for sender in senders):
+                                  seed + number, rate // SENDERS]) for number in range(SENDERS)]
+        deadline = time.monotonic() + 120
+        while received() < until:
+            assert [sender.process.poll() for sender in senders] == [None] * SENDERS
+            assert time.monotonic() < deadline
             remote = parse_endpoint(f"130.104.230.45:{len(served) + 1}")
             began = time.monotonic()
             served.add(("10.0.1.1", asker.ask(remote, 0), str(remote)))
             slowest = max(slowest, time.monotonic() - began)
             time.sleep(0.02)
-        assert [sender.process.poll() for sender in senders] == [0] * SENDERS
+        for sender in senders:
+            sender.stop()
 
     # More than it can take: the kernel drops most, and still there are answers.
-    flood(DATAGRAMS // 4, 1, 0)
-    overloaded = asking.status(detour)["requests"]["received"]
+    flood(DATAGRAMS // 10, 1, 0)
     before = resident_kib(server.process.pid)
-    # At a pace at which it sees nearly all of them.
+    # At a pace at which it sees most of them.
     flood(DATAGRAMS, 11, RATE)
     grown = resident_kib(server.process.pid) - before
     asker.ask("130.104.230.45:65535", 65535)
@@ -58,10 +68,9 @@ def test_a_million_bad_datagrams(lab, start_server, start, backend):
     requests = found["requests"]
     assert set(kernel_mappings(detour, backend)) == served
     assert found["mappings"] == len(served) > 10
-    assert requests["received"] - overloaded > DATAGRAMS * 0.9
     assert requests["malformed"] > requests["received"] / 4
     assert requests["refused"] > requests["received"] / 4
-    assert {"private", "loopback", "multicast", "reserved"} < set(found["refused"])
+    assert {"private", "loopback", "multicast", "reserved"} <= set(found["refused"])
     # Room for the well-behaved client's own mappings, and for nothing a datagram.
     assert grown < 4096, f"{grown} KiB for a million datagrams"
     assert slowest < 5.0
