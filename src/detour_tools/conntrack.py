@@ -14,9 +14,8 @@ from typing import NamedTuple
 from detour_tools.endpoint import Endpoint
 from detour_tools.mapping import Mapping
 from detour_tools.netlink import codec
-from detour_tools.netlink.socket import NetlinkSocket
+from detour_tools.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 
-_NETLINK_NETFILTER = 12
 _GET = 1 << 8 | 1     # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET
 _DELETE = 1 << 8 | 2
 _NFGENMSG_IPV4 = struct.pack("=BBH", 2, 0, 0)
@@ -49,7 +48,7 @@ class Conntrack(NetlinkSocket):
     """This network namespace's connection tracking table. Blocks: not for an event loop."""
 
     def __init__(self) -> None:
-        super().__init__(_NETLINK_NETFILTER)
+        super().__init__(NETLINK_NETFILTER)
 
     def flows(self) -> Iterator[Flow]:
         """The TCP flows with a translated destination. Raises OSError."""

@@ -21,7 +21,7 @@ def stopping() -> None:
 @contextlib.asynccontextmanager
 async def watchdog() -> AsyncIterator[None]:
     """Within it, the event loop's own turning keeps the watchdog quiet."""
-    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
+    interval = _watchdog_seconds()
     task = asyncio.create_task(_beat(interval)) if interval else None
     try:
         yield
@@ -34,6 +34,16 @@ async def _beat(interval: float) -> None:
     while True:
         _notify("WATCHDOG=1")
         await asyncio.sleep(interval)
+
+
+def _watchdog_seconds() -> float:
+    """How often to send a sign of life, 0 for never."""
+    try:
+        period = int(os.environ["WATCHDOG_USEC"]) / 1e6
+        for_us = int(os.environ.get("WATCHDOG_PID", os.getpid())) == os.getpid()
+    except (KeyError, ValueError):
+        return 0.0
+    return period / 2 if for_us else 0.0
 
 
 def _notify(state: str) -> None:

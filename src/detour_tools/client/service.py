@@ -183,7 +183,7 @@ class ClientService:
         self._set_timer()
 
     def _is_on_link(self, remote: Endpoint) -> bool:
-        return self._routes.is_on_link(remote.address)
+        return self._routes.look_up(remote.address).on_link
 
     # -- to the kernel and the network ---------------------------------------------------------
 

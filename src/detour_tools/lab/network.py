@@ -129,7 +129,8 @@ class Lab:
             except BaseException as error:  # also Ctrl-C: nothing may stay half built
                 self._clean()
                 if isinstance(error, OSError | NetlinkError):
-                    raise UserError(f"this machine cannot build the lab: {error}") from error
+                    raise UserError(f"this machine cannot build the lab: {error}",
+                                    "network namespaces and veth are needed") from error
                 raise
             state.save(self.name, state.State(self.topology, complete=True, netem=self.netem))
             return True

@@ -17,7 +17,7 @@ from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
 from detour_tools.nat.base import NatError
 from detour_tools.netlink import codec
-from detour_tools.netlink.socket import NetlinkSocket
+from detour_tools.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 
 TABLE = "detour-tools"
 
@@ -51,7 +51,6 @@ table ip {table} {{
 }}
 """
 
-_NETLINK_NETFILTER = 12
 _GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
 _NFGENMSG_IPV4 = struct.pack("=BBH", 2, 0, 0)
 _NFTA_TABLE_NAME = 1
@@ -83,7 +82,7 @@ class NftablesBackend:
 
     def __init__(self) -> None:
         self._nft: Any = None
-        self._netlink = NetlinkSocket(_NETLINK_NETFILTER)
+        self._netlink = NetlinkSocket(NETLINK_NETFILTER)
         self._handle = b""
 
     def open(self) -> None:

@@ -124,11 +124,15 @@ class InetDiag(NetlinkSocket):
                                     tuple(subflows.get(token, ()))))
         return found
 
-    def _dump(self, protocol: int) -> Iterator[
+    def listening(self) -> list[Endpoint]:
+        """Where TCP sockets listen, MPTCP ones among them."""
+        return [local for _, (local, _), _ in self._dump(_IPPROTO_TCP, 1 << _LISTEN, 0)]
+
+    def _dump(self, protocol: int, states: int = _ALL_BUT_TIME_WAIT,
+              extensions: int = 1 << (_DIAG_INFO - 1)) -> Iterator[
             tuple[int, tuple[Endpoint, Endpoint], dict[int, bytes]]]:
         for family in (_AF_INET, _AF_INET6):
-            request = _REQUEST.pack(family, protocol & 0xFF, 1 << (_DIAG_INFO - 1), 0,
-                                    _ALL_BUT_TIME_WAIT, b"")
+            request = _REQUEST.pack(family, protocol & 0xFF, extensions, 0, states, b"")
             request += codec.attribute(_REQ_PROTOCOL, _U32.pack(protocol))
             for answer in self.request(_SOCK_DIAG_BY_FAMILY, request, dump=True):
                 if len(answer.payload) < _MESSAGE.size:

@@ -11,6 +11,7 @@ from detour_tools.netlink import codec
 NETLINK_ROUTE = 0
 NETLINK_GENERIC = 16
 NETLINK_SOCK_DIAG = 4
+NETLINK_NETFILTER = 12
 
 _SOL_NETLINK = 270
 _NETLINK_ADD_MEMBERSHIP = 1
@@ -18,6 +19,8 @@ _NETLINK_CAP_ACK = 10
 _NETLINK_EXT_ACK = 11
 _SO_RCVBUFFORCE = 33
 
+# Each socket keeps a buffer: to allocate this much for every small answer takes longer than the
+# kernel takes to give it.
 _RECEIVE = 1 << 18
 
 _GENL_HEADER = struct.Struct("=BBH")
@@ -40,6 +43,7 @@ class NetlinkSocket:
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         self._socket.bind((0, 0))
         self._sequence = 0
+        self._buffer = memoryview(bytearray(_RECEIVE))
 
     def fileno(self) -> int:
         """The file descriptor, for an event loop."""
@@ -56,7 +60,7 @@ class NetlinkSocket:
         self._socket.send(codec.message(kind, flags, self._sequence, payload))
         answers: list[codec.Message] = []
         while True:
-            for answer in codec.messages(self._socket.recv(_RECEIVE)):
+            for answer in codec.messages(self._receive()):
                 if answer.sequence != self._sequence:
                     continue
                 if answer.type in (codec.NLMSG_ERROR, codec.NLMSG_DONE):
@@ -65,6 +69,9 @@ class NetlinkSocket:
                         raise error
                     return answers
                 answers.append(answer)
+
+    def _receive(self) -> bytes:
+        return bytes(self._buffer[:self._socket.recv_into(self._buffer)])
 
 
 class GenericFamily(NamedTuple):
@@ -123,6 +130,7 @@ class GroupListener:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self._socket.bind((0, 0))
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+        self._buffer = memoryview(bytearray(_RECEIVE))
 
     def fileno(self) -> int:
         """The file descriptor, for an event loop."""
@@ -139,10 +147,11 @@ class GroupListener:
         Only the kernel is believed: what another process sends is left out.
         """
         try:
-            data, (sender, _) = self._socket.recvfrom(_RECEIVE)
+            length, (sender, _) = self._socket.recvfrom_into(self._buffer)
         except BlockingIOError:
             return None
         if sender != 0:
             return []
+        data = bytes(self._buffer[:length])
         return [(found.payload[0], codec.attributes(found.payload[_GENL_HEADER.size:]))
                 for found in codec.messages(data) if len(found.payload) >= _GENL_HEADER.size]

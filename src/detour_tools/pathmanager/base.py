@@ -8,29 +8,24 @@ from detour_tools.endpoint import Endpoint, IPAddress
 
 
 @dataclass(frozen=True, slots=True)
-class ConnectionCreated:
+class _ConnectionEvent:
+    token: int
+    local: Endpoint
+    remote: Endpoint
+    server_side: bool = False
+    deny_join: bool = False
+
+
+class ConnectionCreated(_ConnectionEvent):
     """The handshake agreed on MPTCP; subflows cannot be added yet.
 
     ``server_side``: the connection came in. ``deny_join``: the peer set the C flag
     (RFC 8684, section 3.1) and wants no further subflow to its address.
     """
 
-    token: int
-    local: Endpoint
-    remote: Endpoint
-    server_side: bool = False
-    deny_join: bool = False
 
-
-@dataclass(frozen=True, slots=True)
-class ConnectionEstablished:
+class ConnectionEstablished(_ConnectionEvent):
     """The connection is fully established: subflows may be added. Fields as when created."""
-
-    token: int
-    local: Endpoint
-    remote: Endpoint
-    server_side: bool = False
-    deny_join: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.log import BoundedLog
 from detour_tools.mproxy import v1
 from detour_tools.nat.base import NatError
-from detour_tools.server.host import ListeningPorts, RouteTypes
+from detour_tools.netlink.route import Route, Routes
 from detour_tools.server.keeper import Keeper
+from detour_tools.server.listening import ListeningPorts
 from detour_tools.server.policy import Policy, Refusal
 from detour_tools.server.printer import Printer
 from detour_tools.server.receiver import Receiver, Sender
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 _DATAGRAMS_A_WAKE_UP = 128
 _REQUESTS_A_COMMIT = 256
 _QUEUED_REQUESTS = 4096
+
+_NOT_ASKED = Route(local=False, broadcast=False, on_link=False)
 
 
 @dataclasses.dataclass(slots=True)
@@ -62,7 +65,7 @@ class Requests:
         self._policy = policy
         self._printer = printer
         self._listening = ListeningPorts()
-        self._routes = RouteTypes()
+        self._routes = Routes()
         self._queue: deque[_Request] = deque()
         self._waiting = asyncio.Event()
         self._bounded = BoundedLog(log)
@@ -140,8 +143,8 @@ class Requests:
         table = self._keeper.table
         remote = message.remote
         known = table.find(client, remote) is not None
-        own, broadcast = (False, False) if known else self._routes.look_up(remote.address)
-        refusal = self._policy.check_remote(remote, own=own, broadcast=broadcast)
+        route = _NOT_ASKED if known else self._routes.look_up(remote.address)
+        refusal = self._policy.check_remote(remote, own=route.local, broadcast=route.broadcast)
         if refusal is None and not known:
             refusal = self._policy.check_room(table.count(client), len(table))
         if refusal is not None:

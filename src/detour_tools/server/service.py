@@ -12,13 +12,12 @@ from ipaddress import ip_address
 from itertools import islice
 from typing import Any
 
-from detour_tools import mproxy, runtime
+from detour_tools import mproxy, runtime, sdnotify
 from detour_tools.control import ControlServer, check_group
 from detour_tools.endpoint import parse_endpoint
 from detour_tools.errors import UserError
 from detour_tools.nat import forwarding
 from detour_tools.nat.base import NatError
-from detour_tools.server import systemd
 from detour_tools.server.garbage import QuietCollector
 from detour_tools.server.keeper import Keeper
 from detour_tools.server.policy import Policy
@@ -83,9 +82,10 @@ class Server:
             await control.start()
             stack.push_async_callback(control.stop)
             log.info("serving on UDP %s with %s", endpoint, self._keeper.backend_name)
-            systemd.notify("READY=1")
-            await self._serve()
-            systemd.notify("STOPPING=1")
+            sdnotify.ready()
+            async with sdnotify.watchdog():
+                await self._serve()
+            sdnotify.stopping()
             log.info("stopping")
 
     @contextlib.asynccontextmanager
@@ -108,8 +108,7 @@ class Server:
     async def _serve(self) -> None:
         assert self._requests is not None  # noqa: S101 - made by run()
         tasks = [asyncio.create_task(work) for work in (
-            self._stop.wait(), self._requests.serve(), self._check(), self._sweep(),
-            self._feed_watchdog())]
+            self._stop.wait(), self._requests.serve(), self._check(), self._sweep())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -154,13 +153,6 @@ class Server:
         if removed:
             self._expired += len(removed)
             log.info("removed %d idle mappings", len(removed))
-
-    async def _feed_watchdog(self) -> None:
-        period = systemd.watchdog_seconds()
-        while True:
-            await asyncio.sleep(period or 3600.0)
-            if period:
-                systemd.notify("WATCHDOG=1")
 
     def _on_reload(self) -> None:
         try:

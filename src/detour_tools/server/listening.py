@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The ports that must not be given away, because the detour itself listens on them."""
+
+import time
+
+from detour_tools.netlink.inet_diag import InetDiag
+
+# Looking may take one part in so many of the time.
+_LOOKING_SHARE = 20
+_OLDEST_SECONDS = 1.0
+
+
+class ListeningPorts:
+    """The ports that TCP sockets of this host listen on, other than on loopback only.
+
+    Read from inet_diag when a port is about to be granted, unless what is known is younger than
+    20 times what reading took (some 50 microseconds with few listeners, so about a millisecond;
+    at most a second): a program that just began to listen is seen, and a flood of requests costs
+    a twentieth of the time at most. MPTCP listeners are TCP listeners too.
+    """
+
+    def __init__(self) -> None:
+        self._diag = InetDiag()
+        self._ports: frozenset[int] = frozenset()
+        self._fresh_until = 0.0
+
+    def __contains__(self, port: int) -> bool:
+        now = time.monotonic()
+        if now >= self._fresh_until:
+            self._ports = self._read()
+            done = time.monotonic()
+            self._fresh_until = done + min(_OLDEST_SECONDS, _LOOKING_SHARE * (done - now))
+        return port in self._ports
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._diag.close()
+
+    def _read(self) -> frozenset[int]:
+        return frozenset(each.port for each in self._diag.listening()
+                         if not each.address.is_loopback)
