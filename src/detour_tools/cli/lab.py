@@ -13,7 +13,12 @@ from rich.table import Table
 
 from detour_tools.cli import common
 from detour_tools.errors import UserError
-from detour_tools.lab import demo, graph, network, state
+
+try:
+    from detour_tools.lab import demo, graph, network, state
+except ModuleNotFoundError as error:
+    sys.exit(f"detour-lab: missing: the Python package {error.name} "
+             "(install detour-tools[lab], or use 'make venv')")
 from detour_tools.lab.topology import CONFIGS, MAX_DETOURS, Topology, reference_topology
 
 _DESCRIPTION = """\

@@ -4,24 +4,18 @@
 import functools
 import math
 import signal
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Self
 
+import dpkt
+
 from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.errors import UserError
 from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Host
-
-_FILE_HEADER = struct.Struct("<IHHiIII")
-_RECORD_HEADER = struct.Struct("<IIII")
-_MAGIC_MICROSECONDS = 0xA1B2C3D4
-_LINK_TYPE_ETHERNET = 1
-_ETHERNET_BYTES = 14
-_TCP = 6
 
 
 class Capture:
@@ -71,14 +65,14 @@ def segments(path: Path) -> Iterator[Segment]:
     Raises UserError when the file is no such capture.
     """
     with path.open("rb") as stream:
-        header = stream.read(_FILE_HEADER.size)
-        fields = _FILE_HEADER.unpack(header) if len(header) == _FILE_HEADER.size else (0,) * 7
-        if fields[0] != _MAGIC_MICROSECONDS or fields[6] != _LINK_TYPE_ETHERNET:
+        try:
+            reader = dpkt.pcap.Reader(stream)
+        except (ValueError, dpkt.NeedData):
+            raise UserError(f"{path} is not a capture") from None
+        if reader.datalink() != dpkt.pcap.DLT_EN10MB:
             raise UserError(f"{path} is not a capture of an Ethernet interface")
-        while len(record := stream.read(_RECORD_HEADER.size)) == _RECORD_HEADER.size:
-            seconds, microseconds, captured, _length = _RECORD_HEADER.unpack(record)
-            frame = stream.read(captured)
-            segment = _parse(seconds + microseconds / 1e6, frame)
+        for time, frame in reader:
+            segment = _parse(float(time), frame)
             if segment is not None:
                 yield segment
 
@@ -104,23 +98,13 @@ _address = functools.lru_cache(maxsize=1024)(ip_address)
 
 
 def _parse(time: float, frame: bytes) -> Segment | None:
-    packet = frame[_ETHERNET_BYTES:]
-    if frame[12:14] == b"\x08\x00" and len(packet) >= 20 and packet[9] == _TCP:
-        start = (packet[0] & 15) * 4
-        end = int.from_bytes(packet[2:4])
-        source, destination = packet[12:16], packet[16:20]
-    elif frame[12:14] == b"\x86\xdd" and len(packet) >= 40 and packet[6] == _TCP:
-        start = 40
-        end = start + int.from_bytes(packet[4:6])
-        source, destination = packet[8:24], packet[24:40]
-    else:
+    packet = dpkt.ethernet.Ethernet(frame).data
+    if not isinstance(packet, dpkt.ip.IP | dpkt.ip6.IP6) or not isinstance(
+            packet.data, dpkt.tcp.TCP):
         return None
-    tcp = packet[start:]
-    if len(tcp) < 20:
-        return None
-    header = (tcp[12] >> 4) * 4
-    return Segment(
-        time,
-        Endpoint(_address(source), int.from_bytes(tcp[0:2])),
-        Endpoint(_address(destination), int.from_bytes(tcp[2:4])),
-        tcp[13], max(0, end - start - header), tcp[20:header])
+    tcp = packet.data
+    # By the headers, as the capture may hold only the beginning of the payload.
+    length = packet.len - packet.hl * 4 if isinstance(packet, dpkt.ip.IP) else packet.plen
+    return Segment(time, Endpoint(_address(packet.src), tcp.sport),
+                   Endpoint(_address(packet.dst), tcp.dport), tcp.flags,
+                   max(0, length - tcp.off * 4), tcp.opts)
