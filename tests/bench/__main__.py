@@ -87,11 +87,22 @@ def _run(names: list[str], *, quick: bool, console: Console) -> list[Figure]:
         for name in names:
             bench = BENCHES[name]
             console.print(f"[bold]({name}) {bench.TITLE}[/bold]")
+            _look_around(console)
             start = time.monotonic()
             figures += bench.run(lambda text: console.print(f"    {text}", highlight=False),
                                  quick=quick, load=load)
             console.print(f"    {time.monotonic() - start:.0f} s", style="dim", highlight=False)
     return figures
+
+
+def _look_around(console: Console) -> None:
+    """Say when something else uses the processors: the figures will be worse than they are."""
+    busy, start = bed.busy_seconds(), time.monotonic()
+    time.sleep(0.5)
+    share = (bed.busy_seconds() - busy) / (time.monotonic() - start)
+    if share > 0.2:
+        console.print(f"    warning: before it began, {share:.1f} of {os.cpu_count()} processors "
+                      "were busy with something else", style="yellow", highlight=False)
 
 
 def _table(figures: list[Figure]) -> Table:
