@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Handler = Callable[[dict[str, Any]], Awaitable[Any]]
 
 _LINE_LIMIT = 64 * 1024
-_IDLE_SECONDS = 30.0
+_IDLE_SECONDS = 10.0
 
 
 def socket_path(program: str) -> Path:

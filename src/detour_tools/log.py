@@ -14,6 +14,7 @@ def configure(verbosity: int = 0) -> None:
     handler.setFormatter(logging.Formatter(
         "%(message)s" if under_journal else "%(asctime)s.%(msecs)03d %(message)s",
         datefmt="%H:%M:%S"))
+    logging.raiseExceptions = False  # a reader that went away is no reason for tracebacks
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel({-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG))

@@ -11,6 +11,7 @@ from detour_tools.client.request import request_mapping, resolve
 from detour_tools.client.service import PROGRAM
 from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
+from detour_tools.netlink.inet_diag import InetDiag
 from detour_tools.netlink.socket import GenericNetlink
 from detour_tools.pathmanager import codec
 from detour_tools.pathmanager.userspace import sysctl_setting
@@ -37,6 +38,7 @@ def check_host(detours: tuple[str, ...], remote: Endpoint) -> Iterator[Finding]:
     yield _kernel()
     yield _socket()
     yield _path_manager()
+    yield _socket_listing()
     yield Finding("privileges", runtime.has_capability("CAP_NET_ADMIN"),
                   "CAP_NET_ADMIN is there" if runtime.has_capability("CAP_NET_ADMIN")
                   else "CAP_NET_ADMIN is missing: the daemon cannot run",
@@ -89,6 +91,14 @@ def _path_manager() -> Finding:
     return Finding("path manager", True,
                    f"the userspace one is there ({name} is {current}"
                    + (")" if current == value else f"; the daemon sets {value})"))
+
+
+def _socket_listing() -> Finding:
+    try:
+        InetDiag().connections()
+    except UserError as error:
+        return Finding("inet_diag", False, error.message, error.hint)
+    return Finding("inet_diag", True, "the kernel lists its MPTCP connections")
 
 
 def _tool(name: str, use: str, mend: str) -> Finding:

@@ -26,7 +26,7 @@ class Capture:
 
     def __init__(self, host: Host, interface: str, path: Path, *, expression: str = "",
                  snaplen: int = 0) -> None:
-        command = ["tcpdump", "-n", "-U", "--immediate-mode", "-i", interface, "-w", path,
+        command = ["tcpdump", "-n", "--immediate-mode", "-i", interface, "-w", path,
                    "-s", snaplen, "-Z", "root", *([expression] if expression else [])]
         self.path = path
         self._tcpdump = Daemon(host, command)

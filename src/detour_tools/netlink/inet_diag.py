@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from detour_tools.endpoint import Endpoint, unmapped
+from detour_tools.errors import UserError
 from detour_tools.netlink import codec
 from detour_tools.netlink.socket import NETLINK_SOCK_DIAG, NetlinkSocket
 
@@ -94,7 +95,10 @@ class InetDiag(NetlinkSocket):
         super().__init__(NETLINK_SOCK_DIAG)
 
     def connections(self) -> list[Connection]:
-        """The MPTCP connections that are alive and have not fallen back to TCP."""
+        """The MPTCP connections that are alive and have not fallen back to TCP.
+
+        Raises UserError where the kernel cannot tell.
+        """
         subflows: dict[int, list[Subflow]] = {}
         for _, endpoints, attributes in self._dump(_IPPROTO_TCP):
             ulp = codec.attributes(attributes.get(_DIAG_ULP_INFO, b""))
@@ -134,7 +138,15 @@ class InetDiag(NetlinkSocket):
         for family in (_AF_INET, _AF_INET6):
             request = _REQUEST.pack(family, protocol & 0xFF, extensions, 0, states, b"")
             request += codec.attribute(_REQ_PROTOCOL, _U32.pack(protocol))
-            for answer in self.request(_SOCK_DIAG_BY_FAMILY, request, dump=True):
+            try:
+                answers = self.request(_SOCK_DIAG_BY_FAMILY, request, dump=True)
+            except codec.NetlinkError as error:
+                if family == _AF_INET6:
+                    continue  # a kernel without IPv6
+                raise UserError(
+                    f"this kernel does not list its sockets: {error.strerror}",
+                    "CONFIG_INET_DIAG and CONFIG_INET_MPTCP_DIAG are needed") from None
+            for answer in answers:
                 if len(answer.payload) < _MESSAGE.size:
                     continue
                 _, state, _, _, sport, dport, source, target, *_ = _MESSAGE.unpack_from(
