@@ -21,13 +21,16 @@ from detour_tools.lab.network import Host
 class Capture:
     """tcpdump on an interface of a host, from construction to stop().
 
-    When the constructor returns, packets are being captured.
+    When the constructor returns, packets are being captured. A ``live`` capture can be read
+    while it goes on; any is whole after stop().
     """
 
     def __init__(self, host: Host, interface: str, path: Path, *, expression: str = "",
-                 snaplen: int = 0) -> None:
-        command = ["tcpdump", "-n", "--immediate-mode", "-i", interface, "-w", path,
-                   "-s", snaplen, "-Z", "root", *([expression] if expression else [])]
+                 snaplen: int = 0, live: bool = True) -> None:
+        # A file that is whole at any time costs one system call a packet.
+        command = ["tcpdump", "-n", "--immediate-mode", *(["-U"] if live else []),
+                   "-i", interface, "-w", path, "-s", snaplen, "-Z", "root",
+                   *([expression] if expression else [])]
         self.path = path
         self._tcpdump = Daemon(host, command)
         try:

@@ -181,7 +181,7 @@ class _Demo:
             captures = {}
             for host, link in ((self._client, "L1"), (self._detour, "L6"), (self._server, "L3")):
                 captures[host.name] = running.enter_context(Capture(
-                    host, link, folder / f"{host.name}.pcap", snaplen=_SNAPLEN,
+                    host, link, folder / f"{host.name}.pcap", snaplen=_SNAPLEN, live=False,
                     expression="tcp or udp port 45672"))
             self._start_programs(running, folder)
             results = Results(netem=self._lab.netem)
