@@ -69,6 +69,11 @@ def ruleset_text() -> str:
 
 def _context() -> Any:
     try:
+        NetlinkSocket(NETLINK_NETFILTER).close()
+    except OSError as error:  # libnftables would end this process
+        raise UserError(f"nftables cannot be used: {error.strerror}",
+                        "the kernel needs nf_tables, or use --backend iptables") from None
+    try:
         return importlib.import_module("nftables").Nftables()
     except (ImportError, OSError) as error:
         raise UserError(f"the nftables back end needs libnftables and its Python binding: {error}",
@@ -82,7 +87,10 @@ class NftablesBackend:
 
     def __init__(self) -> None:
         self._nft: Any = None
-        self._netlink = NetlinkSocket(NETLINK_NETFILTER)
+        try:
+            self._netlink: NetlinkSocket | None = NetlinkSocket(NETLINK_NETFILTER)
+        except OSError:  # a kernel without nf_tables, which open() says in its words
+            self._netlink = None
         self._handle = b""
 
     def open(self) -> None:
@@ -137,6 +145,8 @@ class NftablesBackend:
 
     def _table_handle(self) -> bytes | None:
         # By hand: libnftables would read every element to answer this.
+        if self._netlink is None:
+            return None
         request = _NFGENMSG_IPV4 + codec.attribute(_NFTA_TABLE_NAME, TABLE.encode() + b"\0")
         try:
             answers = self._netlink.request(_GETTABLE, request)
