@@ -20,8 +20,9 @@ _OUTSTANDING = 64
 class _Way:
     """One way of making mappings: name, how to start it, and how many to make a round."""
 
-    def __init__(self, name: str, tag: str, start: Callable[[Bed], object], count: int,
-                 seconds: float) -> None:
+    def __init__(self, name: str, tag: str, start: Callable[[Bed], Callable[[], object]],
+                 count: int, seconds: float) -> None:
+        """``start`` starts the server and returns what removes its mappings."""
         self.name = name
         self.bed = Bed(tag)
         self.start = start
@@ -35,22 +36,24 @@ def run(say: Callable[[str], None], *, quick: bool, load: Path) -> Iterator[Figu
     rounds = 1 if quick else 3
     ways = [
         _Way("naive", "an", _start_naive, 2000, 1.0 if quick else 2.0),
-        _Way("iptables", "ai", lambda bed: bed.start_server("--backend", "iptables"),
-             1000 if quick else 3000, 6.0),
+        _Way("iptables", "ai", lambda bed: _start_ours(bed, "iptables"), 1000 if quick else 3000,
+             6.0),
         # As many as one client can have at ports that the detour picks, less some.
-        _Way("nftables", "af", lambda bed: bed.start_server("--backend", "nftables"),
-             5000 if quick else 15000, 10.0),
+        _Way("nftables", "af", lambda bed: _start_ours(bed, "nftables"), 5000 if quick else 15000,
+             10.0),
     ]
     with contextlib.ExitStack() as stack:
-        clients = []
+        clients, empty = [], []
         for way in ways:
             bed = stack.enter_context(way.bed)
-            way.start(bed)
+            empty.append(way.start(bed))
             clients.append(bed.client_addresses(rounds))
         for number in range(rounds):
-            for way, addresses in zip(ways, clients, strict=True):
+            for way, addresses, remove_all in zip(ways, clients, empty, strict=True):
+                # All start from nothing: iptables, run or in process, gets slower with rules.
+                remove_all()
                 pause(0.3)
-                # A new client each round: ports that the detour picks are limited for one.
+                # A new client each round, as the naive server remembers the last one's.
                 load_result = ask(way.bed.udp(addresses[number]), way.bed.detour, way.requests,
                                   _OUTSTANDING, way.seconds)
                 way.loads.append(load_result)
@@ -62,9 +65,15 @@ def run(say: Callable[[str], None], *, quick: bool, load: Path) -> Iterator[Figu
         yield from _figures(way, naive)
 
 
-def _start_naive(bed: Bed) -> None:
+def _start_naive(bed: Bed) -> Callable[[], object]:
     program = Path(__file__).with_name("naive_server.py")
     bed.start("detour", sys.executable, program).wait_output("serving")
+    return lambda: bed.run("detour", "iptables", "-t", "nat", "-F")
+
+
+def _start_ours(bed: Bed, backend: str) -> Callable[[], object]:
+    server = bed.start_server("--backend", backend)
+    return lambda: server.call("flush")
 
 
 def _figures(way: _Way, naive: float) -> Iterator[Figure]:
