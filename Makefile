@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # 'make help' lists the targets.
 
-SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# Root must leave no files of its own in a user's tree.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1)
 BIN  := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint bench
@@ -16,11 +17,12 @@ demo: venv ## run the main job on an emulated network; pictures and captures lan
 	@$(SUDO) $(BIN)/detour-lab demo --output demo
 
 test: venv ## run the unit tests and the tests on network namespaces
-	@$(SUDO) $(BIN)/pytest
+	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider)
 
 lint: venv ## ruff and mypy --strict
 	@$(BIN)/ruff check src tests
 	@$(BIN)/mypy
 
-bench: venv ## run the benchmarks, each against its baseline; results land in bench-results/
+bench: ## run the benchmarks, each against its baseline; results land in bench-results/
+	@scripts/setup bench
 	@$(SUDO) $(BIN)/python -m tests.bench --output bench-results

@@ -43,6 +43,7 @@ class NetlinkSocket:
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         self._socket.bind((0, 0))
         self._sequence = 0
+        # Kept, as making room for a dump would cost more than most requests.
         self._buffer = memoryview(bytearray(_RECEIVE))
 
     def fileno(self) -> int:
