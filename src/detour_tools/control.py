@@ -7,7 +7,6 @@ named, one group. A request is ``{"command": NAME, ...}``; the answer ``{"result
 """
 
 import asyncio
-import contextlib
 import grp
 import json
 import logging
@@ -77,19 +76,18 @@ class ControlServer:
         try:
             while line := await asyncio.wait_for(reader.readline(), _IDLE_SECONDS):
                 writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
-                await writer.drain()
+                await asyncio.wait_for(writer.drain(), _IDLE_SECONDS)
         except (OSError, ValueError, TimeoutError) as error:
             log.debug("control connection ended: %s", error)
+            writer.transport.abort()  # with what it does not read
         finally:
             writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
 
     async def _answer(self, line: bytes) -> dict[str, Any]:
         try:
             request = json.loads(line)
             handler = self._handlers[request["command"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return {"error": "unknown command"}
         try:
             return {"result": await handler(request)}

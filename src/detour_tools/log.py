@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Logging for the daemons: stderr, and no time stamps of our own under systemd."""
 
+import atexit
 import logging
 import os
 import sys
 import time
 
+from detour_tools.printer import Printer
+
 
 def configure(verbosity: int = 0) -> None:
     """Set up the root logger; ``verbosity`` is -1 for warnings only, 0 for info, 1 for debug."""
     under_journal = "JOURNAL_STREAM" in os.environ
-    handler = logging.StreamHandler(sys.stderr)
+    printer = Printer(sys.stderr)
+    atexit.register(printer.close)
+    handler = logging.StreamHandler(printer)
     handler.setFormatter(logging.Formatter(
         "%(message)s" if under_journal else "%(asctime)s.%(msecs)03d %(message)s",
         datefmt="%H:%M:%S"))

@@ -18,7 +18,7 @@ from detour_tools.errors import UserError
 ROOT = Path("/run/detour-tools")
 
 _SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
-_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21}
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
 
 
 def netns_cookie() -> int:
@@ -70,7 +70,7 @@ class InstanceLock:
     def __init__(self, program: str) -> None:
         self._path = make_directory() / f"{program}.lock"
         while True:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

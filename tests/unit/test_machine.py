@@ -185,8 +185,65 @@ def test_a_remote_that_a_live_detour_does_not_serve_is_not_held_against_the_deto
     assert script.answer() == []
     assert script.machine.detours[0].state == DetourState.UP
     assert script.created(token=3, remote=OTHER) == []  # remembered
-    script.wait(120)
-    assert script.created(token=4, remote=OTHER) == [asks(remote=OTHER)]  # but not for ever
+    script.wait_for(asks(remote=OTHER), at_most=61)  # but not for ever
+    assert script.answer(remote=OTHER) == []
+    assert script.established(token=3, remote=OTHER) == [joins(port=80, token=3)]
+
+
+def test_a_remote_that_is_never_served_is_asked_for_ever_more_rarely():
+    script = Script().with_subflow()
+    script.created(token=2, remote=OTHER)
+    asked = 0
+    for _ in range(36000):
+        commands = script.wait(0.1)
+        asked += commands.count(asks(remote=OTHER))
+        if asks() in commands:
+            script.answer()
+    assert 3 * ATTEMPTS <= asked <= 7 * ATTEMPTS
+
+
+def test_a_detour_that_fails_a_connection_makes_room_for_another():
+    script = Script((NEAR, FAR), prefer="order", max_subflows=1)
+    script.created()
+    script.answer(NEAR)
+    assert script.established() == [joins(NEAR)]
+    script.joined(NEAR)
+    script.lost(NEAR, after=0.5)  # as a server at its limit does it, or a broken detour
+    script.wait_for(asks(FAR), at_most=61)
+    assert script.answer(FAR) == [joins(FAR)]
+    script.joined(FAR)
+    assert joins(NEAR) not in script.wait(3600)
+
+
+@pytest.mark.parametrize("code", [errno.ENOTCONN, errno.ECONNREFUSED])
+def test_failing_for_years_is_no_problem(code):
+    script = Script()
+    script.created()
+    script.answer()
+    commands = script.established()
+    for _ in range(3000):
+        joins_made = [command for command in commands if isinstance(command, CreateSubflow)]
+        for command in joins_made:
+            script.machine.join_failed(command, code, script.now)
+        commands = script.wait(3600)
+        if asks() in commands:
+            commands += script.answer()
+    assert script.machine.counters.joins > 1000
+
+
+def test_refused_remotes_do_not_keep_a_detour_down():
+    script = Script()
+    script.created(token=1, remote=OTHER)
+    script.created(token=2)
+    script.wait(20)
+    assert script.machine.detours[0].state == DetourState.DOWN
+    for token in range(3, 20):  # connections to the refused remote come and go
+        script.created(token=token, remote=OTHER)
+        if asks() in script.wait(10):
+            break
+        script.machine.closed(token)
+    else:
+        pytest.fail("the remote that is served was never asked for")
 
 
 def test_a_detour_whose_first_remote_was_refused_still_gets_another_chance_soon():

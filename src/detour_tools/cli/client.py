@@ -44,8 +44,13 @@ path manager they were born with. At exit connections keep the subflows they hav
 
 def main() -> NoReturn:
     """The console script."""
+    common.run("detour-client", _main)
+
+
+def _main() -> int | None:
     arguments = _parser().parse_args()
-    common.run("detour-client", lambda: arguments.call(arguments))
+    status: int | None = arguments.call(arguments)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -85,15 +86,28 @@ def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
     A UserError becomes one line on stderr; SIGINT ends with 130, a closed pipe silently.
     """
     try:
-        status = main() or 0
-        sys.stdout.flush()
+        try:
+            status = main() or 0
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         status = error.status
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         status = 141
+    except OSError as error:
+        if sys.stdout.closed or error.errno != errno.ENOSPC:
+            raise
+        _give_up_stdout()
+        print(f"{prog}: cannot write the output: {error.strerror}", file=sys.stderr)
+        status = 1
     sys.exit(status)
+
+
+def _give_up_stdout() -> None:
+    """Keep the interpreter from trying once more to write what nobody takes."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

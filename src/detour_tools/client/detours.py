@@ -15,10 +15,15 @@ SHORTEST_TIMEOUT = 0.1
 LONGEST_TIMEOUT = 8.0
 
 ATTEMPTS = 4
-"""Times a request is sent before the client gives up; a probe takes two."""
+"""Times a request is sent before the client gives up; for a detour that is down it takes two."""
 
 REFUSAL_MEMORY = 60.0
-"""Seconds for which a remote is not asked for again that a live detour did not answer for."""
+"""Seconds for which a remote is not asked for again that a live detour did not answer for.
+
+They double each time, up to an hour.
+"""
+
+LONGEST_REFUSAL_MEMORY = 3600.0
 
 PROBE_SPACING = 5.0
 """Seconds between two probes of a silent detour at least."""
@@ -81,7 +86,8 @@ class Detour:
     _probed_at: float = -math.inf
     _last_good: Endpoint | None = None
     _mappings: OrderedDict[Endpoint, int] = field(default_factory=OrderedDict)
-    _refusals: OrderedDict[Endpoint, float] = field(default_factory=OrderedDict)
+    # until when, and for how long that is
+    _refusals: OrderedDict[Endpoint, tuple[float, float]] = field(default_factory=OrderedDict)
 
     @property
     def mapping_count(self) -> int:
@@ -108,11 +114,11 @@ class Detour:
 
     def refuses(self, remote: Endpoint, now: float) -> bool:
         """Whether the detour, though alive, lately did not answer for ``remote``."""
-        until = self._refusals.get(remote)
-        if until is not None and now >= until:
-            del self._refusals[remote]
-            return False
-        return until is not None
+        return now < self.refused_until(remote)
+
+    def refused_until(self, remote: Endpoint) -> float:
+        """When ``remote`` may be asked for again."""
+        return self._refusals.get(remote, (-math.inf, 0.0))[0]
 
     def timeout(self) -> float:
         """Seconds to wait for the first answer (as in RFC 6298, with bounds of our own)."""
@@ -131,7 +137,8 @@ class Detour:
         """Start asking for ``remote`` only to see whether the detour is there."""
         self._probed_at = now
         self.probe_at = math.inf
-        return self._start(remote, now, 2)
+        # One thought to be there is not given up lightly.
+        return self._start(remote, now, 2 if self.state == DetourState.DOWN else ATTEMPTS)
 
     def answered(self, exchange: Exchange, port: int, now: float) -> None:
         """The answer to ``exchange`` came: the mapping is live, and so is the detour."""
@@ -177,7 +184,9 @@ class Detour:
         return exchange
 
     def _refuse(self, remote: Endpoint, now: float) -> None:
-        self._refusals[remote] = now + REFUSAL_MEMORY
+        _, last = self._refusals.pop(remote, (0.0, REFUSAL_MEMORY / 2))
+        memory = min(2 * last, LONGEST_REFUSAL_MEMORY)
+        self._refusals[remote] = (now + memory, memory)
         if len(self._refusals) > MAX_REFUSALS:
             self._refusals.popitem(last=False)
 

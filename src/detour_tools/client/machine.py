@@ -297,6 +297,8 @@ class Machine:
         connection.paths[Direct] = Path("up", event.remote, now)
         self.connections[event.token] = connection
         self._by_remote.setdefault(event.remote, set()).add(event.token)
+        if not connection.reason_for_none:
+            self._hasten_probes(now)
         return connection
 
     # -- which subflows a connection should have -----------------------------------------------
@@ -316,7 +318,7 @@ class Machine:
                 wanted = min(wanted, connection.server_limit)
         wanted -= sum(self._counts(path, now) for key, path in connection.paths.items()
                       if key is not Direct)
-        for detour in self._ranked():
+        for detour in self._ranked(connection):
             if wanted <= 0:
                 return
             path = connection.paths.get(detour)
@@ -326,8 +328,8 @@ class Machine:
                 continue
             port = detour.mapping(connection.remote)
             if detour.state == DetourState.DOWN:
-                self._hasten_probe(detour, connection.remote, now)
-            elif port is None:
+                continue
+            if port is None:
                 question = self._ask(detour, connection.remote, now)
                 if question is not None:
                     yield question
@@ -373,8 +375,8 @@ class Machine:
             connection.server_limit = sum(
                 other.state == "up" for other_key, other in connection.paths.items()
                 if other_key is not Direct)
-            connection.limit_until = path.retry_at = now + min(
-                LIMIT_MEMORY * 2 ** (connection.refusals - 1), LONGEST_DELAY)
+            connection.limit_until = path.retry_at = now + _doubled(
+                LIMIT_MEMORY, connection.refusals)
             self._set_timer(path.retry_at, connection.token)
         else:
             self._retry_later(connection, path, now)
@@ -387,8 +389,7 @@ class Machine:
         self._retry_later(connection, path, now)
 
     def _retry_later(self, connection: Connection, path: Path, now: float) -> None:
-        delay = min(REPLACE_DELAY * 2 ** (max(path.failures, 1) - 1), LONGEST_DELAY)
-        path.retry_at = now + delay
+        path.retry_at = now + _doubled(REPLACE_DELAY, path.failures)
         self._set_timer(path.retry_at, connection.token)
 
     def _adopt_subflows(self, connection: Connection, remotes: frozenset[Endpoint],
@@ -444,11 +445,19 @@ class Machine:
 
     # -- asking detours ------------------------------------------------------------------------
 
-    def _ranked(self) -> list[Detour]:
-        if self.settings.prefer == "order" or len(self.detours) < 2:
+    def _ranked(self, connection: Connection) -> list[Detour]:
+        """The detours, best first: those that failed this connection come last."""
+        if len(self.detours) < 2:
             return self.detours
-        # One that never answered comes first, so that its round-trip time becomes known.
-        return sorted(self.detours, key=lambda detour: (detour.rtt or 0.0, detour.order))
+        by_rtt = self.settings.prefer == "rtt"
+
+        def rank(detour: Detour) -> tuple[int, float, int]:
+            path = connection.paths.get(detour)
+            # One that never answered comes first, so that its round-trip time becomes known.
+            return (path.failures if path else 0,
+                    (detour.rtt or 0.0) if by_rtt else 0.0, detour.order)
+
+        return sorted(self.detours, key=rank)
 
     def _ask(self, detour: Detour, remote: Endpoint, now: float) -> SendDatagram | None:
         """Ask for a mapping, unless that is already under way or was lately refused."""
@@ -484,26 +493,38 @@ class Machine:
                     tokens = self.connections
             elif detour.refuses(exchange.remote, now):
                 yield Note(f"detour {detour.endpoint} gives no mapping to {exchange.remote}")
+                for token in tokens:
+                    self._set_timer(detour.refused_until(exchange.remote), token)
         for token in tokens:
             yield from self._evaluate(self.connections[token], now)
 
-    def _hasten_probe(self, detour: Detour, remote: Endpoint, now: float) -> None:
-        """A connection wants a silent detour: probe with its remote, and rather soon.
-
-        The last remote asked for may have been one that the detour does not serve.
-        """
-        if detour.probe_remote != remote and not detour.exchanges:
-            detour.probe_remote = remote
-            self._schedule_probe(detour, min(detour.probe_at, detour.earliest_probe(now)))
+    def _hasten_probes(self, now: float) -> None:
+        """A new connection wants detours: look at the silent ones again rather soon."""
+        for detour in self.detours:
+            if detour.state == DetourState.DOWN and not detour.exchanges:
+                soon = detour.earliest_probe(now)
+                if soon < detour.probe_at:
+                    self._schedule_probe(detour, soon)
 
     def _schedule_probe(self, detour: Detour, when: float) -> None:
         detour.probe_at = when
         self._set_timer(when, detour)
 
     def _probe_due(self, detour: Detour, now: float) -> Iterator[Command]:
-        if (detour.state == DetourState.DOWN and detour.probe_remote is not None
-                and now >= detour.probe_at):
-            yield self._send(detour.begin_probe(detour.probe_remote, now), now)
+        if detour.state != DetourState.DOWN or now < detour.probe_at:
+            return
+        # Any remote that is wanted now may be one that the detour does not serve: take turns.
+        wanted = [remote for remote, tokens in self._by_remote.items()
+                  if remote.address.version == detour.endpoint.address.version
+                  and any(not self.connections[token].reason_for_none for token in tokens)]
+        remote = self._random.choice(wanted) if wanted else detour.probe_remote
+        if remote is not None:
+            yield self._send(detour.begin_probe(remote, now), now)
 
     def _set_timer(self, when: float, what: Exchange | Detour | int) -> None:
         heapq.heappush(self._timers, (when, next(self._tie_break), what))
+
+
+def _doubled(first: float, times: int) -> float:
+    """A delay of ``first`` seconds that doubles each time after the first, within bounds."""
+    return min(first * 2.0 ** min(max(times - 1, 0), 16), LONGEST_DELAY)

@@ -31,7 +31,12 @@ def resolve(text: str, default_port: int | None = None) -> Endpoint:
 
 def resolve_detours(texts: tuple[str, ...]) -> list[Endpoint]:
     """The detours, each once, in the given order; raises UserError."""
-    return list(dict.fromkeys(resolve(text, mproxy.PORT) for text in texts))
+    detours = list(dict.fromkeys(resolve(text, mproxy.PORT) for text in texts))
+    for detour in detours:
+        if sum(other.address == detour.address for other in detours) > 1:
+            raise UserError(f"detour {detour.address} is given with two ports", "choose one",
+                            status=2)
+    return detours
 
 
 def request_mapping(detour: Endpoint, remote: Endpoint, port: int) -> tuple[int, float]:

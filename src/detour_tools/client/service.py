@@ -2,6 +2,7 @@
 """The client daemon: feeds the machine with events and datagrams, and performs its commands."""
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -26,7 +27,7 @@ from detour_tools.client.settings import ClientSettings
 from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
 from detour_tools.log import BoundedLog
-from detour_tools.netlink.inet_diag import InetDiag
+from detour_tools.netlink.inet_diag import Connection, InetDiag
 from detour_tools.netlink.route import Routes
 from detour_tools.pathmanager.base import (
     ConnectionClosed,
@@ -43,6 +44,8 @@ PROGRAM = "detour-client"
 
 # Events and datagrams handled before the event loop turns again.
 _PER_TURN = 256
+
+_DRAIN_AT_MOST = 65536
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +70,12 @@ class ClientService:
         self._failed = False
 
     async def run(self) -> None:
-        """Serve until SIGINT or SIGTERM; raises UserError when it cannot start."""
+        """Serve until SIGINT, SIGTERM or SIGHUP; raises UserError when it cannot start."""
         loop = asyncio.get_running_loop()
         lock = runtime.InstanceLock(PROGRAM)
         server = control.ControlServer(PROGRAM, {"status": self._status},
                                        self._settings.control_group)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._stopping.set)
         try:
             await server.start()
@@ -143,7 +146,7 @@ class ClientService:
 
     def _drain_events(self) -> None:
         """Handle what is left in the socket: it is older than what we are about to look at."""
-        while True:
+        for _ in range(_DRAIN_AT_MOST):
             try:
                 events = self._path_manager.receive()
             except EventsLostError:
@@ -188,9 +191,9 @@ class ClientService:
     # -- to the kernel and the network ---------------------------------------------------------
 
     def _perform(self, commands: Iterable[Command]) -> None:
-        pending = list(commands)
+        pending = collections.deque(commands)
         while pending:
-            command = pending.pop(0)
+            command = pending.popleft()
             if isinstance(command, SendDatagram):
                 self._send(command)
             elif isinstance(command, Note):
@@ -250,7 +253,7 @@ class ClientService:
         via = {detour.endpoint.address: str(detour.endpoint.address)
                for detour in machine.detours}
         connections = []
-        for found in self._diag.connections():
+        for found in await asyncio.to_thread(_connections):
             known = machine.connections.get(found.token)
             connections.append({
                 "token": f"{found.token:08x}",
@@ -284,6 +287,12 @@ class ClientService:
             "connections": connections,
             "counters": dataclasses.asdict(machine.counters) | {"overruns": self._overruns},
         }
+
+
+def _connections() -> list[Connection]:
+    """For a thread of its own, as thousands of connections take a while to list."""
+    with contextlib.closing(InetDiag()) as diag:
+        return diag.connections()
 
 
 def _why(event: SubflowClosed) -> str:

@@ -18,7 +18,7 @@ def exec_over_mptcp(command: list[str]) -> NoReturn:
     """Become ``command``, its TCP sockets made MPTCP ones; raises UserError when that fails."""
     program = shutil.which(command[0])
     if program is None:
-        raise UserError(f"{command[0]}: no such program", status=127)
+        raise UserError(f"{command[0]}: no such program, or not executable", status=127)
     mptcpize = shutil.which("mptcpize")
     if mptcpize is None:
         raise UserError("mptcpize is not installed", "apt install mptcpize")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 NLM_F_REQUEST = 0x01
-NLM_F_MULTI = 0x02
 NLM_F_ACK = 0x04
 NLM_F_DUMP = 0x300
 NLM_F_CAPPED = 0x100
@@ -20,7 +19,6 @@ NLM_F_ACK_TLVS = 0x200
 
 NLMSG_ERROR = 2
 NLMSG_DONE = 3
-NLMSG_OVERRUN = 4
 
 _NLA_TYPE_MASK = 0x3FFF
 _NLA_F_NESTED = 0x8000

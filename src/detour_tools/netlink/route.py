@@ -15,7 +15,10 @@ from detour_tools.netlink.socket import NETLINK_ROUTE, NetlinkSocket
 _RTM_GETROUTE = 26
 _RTA_DST = 1
 _RTA_GATEWAY = 5
+_RTA_MULTIPATH = 9
 _RTA_VIA = 18
+_RTM_F_FIB_MATCH = 0x2000
+_GATEWAYS = {_RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA}
 _AF_INET = 2
 _AF_INET6 = 10
 
@@ -30,7 +33,7 @@ class Route(NamedTuple):
     """What the routing table says of an address; all False where it says nothing.
 
     ``local``: it is one of this host. ``broadcast``: it is a subnet's broadcast address.
-    ``on_link``: packets to it need no gateway.
+    ``on_link``: packets to it need no gateway, by a route that is not the default route.
     """
 
     local: bool
@@ -47,7 +50,8 @@ class Routes(NetlinkSocket):
     def look_up(self, address: IPAddress) -> Route:
         """The route to an address."""
         family = _AF_INET if address.version == 4 else _AF_INET6
-        question = _RTMSG.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+        question = _RTMSG.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0,
+                               _RTM_F_FIB_MATCH)
         try:
             answers = self.request(
                 _RTM_GETROUTE, question + codec.attribute(_RTA_DST, address.packed))
@@ -56,6 +60,8 @@ class Routes(NetlinkSocket):
         for answer in answers:
             kind = answer.payload[_RTMSG_TYPE]
             attributes = codec.attributes(answer.payload[_RTMSG.size:])
+            # A default route without a gateway (PPP, a tunnel) puts nobody on link.
+            prefix_length = answer.payload[1]
             return Route(kind == _RTN_LOCAL, kind == _RTN_BROADCAST,
-                         _RTA_GATEWAY not in attributes and _RTA_VIA not in attributes)
+                         prefix_length > 0 and not attributes.keys() & _GATEWAYS)
         return Route(local=False, broadcast=False, on_link=False)

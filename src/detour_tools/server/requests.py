@@ -18,10 +18,10 @@ from detour_tools.log import BoundedLog
 from detour_tools.mproxy import v1
 from detour_tools.nat.base import NatError
 from detour_tools.netlink.route import Route, Routes
+from detour_tools.printer import Printer
 from detour_tools.server.keeper import Keeper
 from detour_tools.server.listening import ListeningPorts
 from detour_tools.server.policy import Policy, Refusal
-from detour_tools.server.printer import Printer
 from detour_tools.server.receiver import Receiver, Sender
 from detour_tools.server.table import Decision, Entry, NoFreePortError, Outcome
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from ipaddress import ip_address
@@ -18,10 +19,10 @@ from detour_tools.endpoint import parse_endpoint
 from detour_tools.errors import UserError
 from detour_tools.nat import forwarding
 from detour_tools.nat.base import NatError
+from detour_tools.printer import Printer
 from detour_tools.server.garbage import QuietCollector
 from detour_tools.server.keeper import Keeper
 from detour_tools.server.policy import Policy
-from detour_tools.server.printer import Printer
 from detour_tools.server.receiver import Receiver
 from detour_tools.server.requests import Requests
 from detour_tools.server.settings import RELOADABLE, Settings
@@ -64,7 +65,7 @@ class Server:
         async with contextlib.AsyncExitStack() as stack:
             lock = runtime.InstanceLock(PROGRAM)
             stack.callback(lock.release)
-            printer = Printer()
+            printer = Printer(sys.stdout)
             stack.callback(printer.close)
             endpoint = parse_endpoint(self._settings.listen, mproxy.PORT)
             receiver = Receiver(endpoint)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Standard output from a thread of its own, so that whoever reads it cannot hold the server up."""
+"""Output from a thread of its own, so that whoever reads it cannot hold a daemon up."""
 
 import logging
 import queue
-import sys
 import threading
+from typing import TextIO
 
 log = logging.getLogger(__name__)
 
@@ -14,9 +14,13 @@ _FAREWELL_SECONDS = 2.0
 
 
 class Printer:
-    """Prints texts in order; what a slow or vanished reader cannot take is dropped and counted."""
+    """Prints texts in order; what a slow or vanished reader cannot take is dropped and counted.
 
-    def __init__(self) -> None:
+    It is stream enough for a logging handler.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
         self.dropped_lines = 0
         self._queue: queue.Queue[str | None] = queue.Queue(_QUEUED_TEXTS)
         self._broken = False
@@ -32,6 +36,11 @@ class Printer:
         except queue.Full:
             self.dropped_lines += text.count("\n")
 
+    write = print
+
+    def flush(self) -> None:
+        """Nothing waits for what is printed."""
+
     def close(self) -> None:
         """Print what is left, as far as the reader lets us."""
         try:
@@ -43,9 +52,9 @@ class Printer:
     def _run(self) -> None:
         while (text := self._queue.get()) is not None:
             try:
-                sys.stdout.write(text)
-                sys.stdout.flush()
+                self._stream.write(text)
+                self._stream.flush()
             except (OSError, ValueError) as error:
                 self._broken = True
-                log.warning("cannot print requests any more: %s", error)
+                log.warning("cannot write to %s any more: %s", self._stream.name, error)
                 return
