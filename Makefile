@@ -2,7 +2,7 @@
 # 'make help' lists the targets.
 
 # Root must leave no files of its own in a user's tree.
-SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1)
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis)
 BIN  := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint bench

@@ -2,6 +2,7 @@
 """Output from a thread of its own, so that whoever reads it cannot hold a daemon up."""
 
 import logging
+import os
 import queue
 import threading
 from typing import TextIO
@@ -10,7 +11,7 @@ log = logging.getLogger(__name__)
 
 # Texts, not lines: one a batch.
 _QUEUED_TEXTS = 4096
-_FAREWELL_SECONDS = 2.0
+_FAREWELL_SECONDS = 1.0
 
 
 class Printer:
@@ -21,6 +22,7 @@ class Printer:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._fd = stream.fileno()
         self.dropped_lines = 0
         self._queue: queue.Queue[str | None] = queue.Queue(_QUEUED_TEXTS)
         self._broken = False
@@ -52,9 +54,11 @@ class Printer:
     def _run(self) -> None:
         while (text := self._queue.get()) is not None:
             try:
-                self._stream.write(text)
-                self._stream.flush()
-            except (OSError, ValueError) as error:
+                # Not by the stream: its lock, held by a write that hangs, would hold up the end.
+                data = text.encode(errors="replace")
+                while data:
+                    data = data[os.write(self._fd, data):]
+            except OSError as error:
                 self._broken = True
                 log.warning("cannot write to %s any more: %s", self._stream.name, error)
                 return

@@ -7,6 +7,7 @@
 import contextlib
 import itertools
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,12 @@ StartCapture = Callable[..., Capture]
 Start = Callable[..., Daemon]
 
 _numbers = itertools.count()
+
+# What a developer's shell may export must not decide what is tested.
+os.environ.pop("PYTHONUNBUFFERED", None)
+# Some tests hold thousands of sockets; the usual limit is 1024.
+_, _hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(_hard_limit, 16384), _hard_limit))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,19 +82,23 @@ def ready_lab(lab, sink, start_server, start_client):
     return lab
 
 
-def test_an_unmodified_program_uses_two_paths(ready_lab, start, start_capture):
-    client, server = ready_lab.host("client"), ready_lab.host("server")
+def test_an_unmodified_program_uses_two_paths(make_lab, start, start_server, start_client,
+                                               start_capture):
+    lab = make_lab(reference_topology())
+    client, server = lab.host("client"), lab.host("server")
+    detour_daemon = start_server(lab.host("detour"))
+    start_client(client, "detour")
     start(server, ["mptcpize", "run", "iperf3", "-s", "-1", "--forceflush"]
           ).wait_line("listening")
     capture = start_capture(server, "L3", "tcp port 5201")
-    client.run(["detour-client", "run", "--", "iperf3", "-c", "server", "-n", "20M"])
+    client.run(["detour-client", "run", "--", "iperf3", "-c", "server", "-t", "3"])
     capture.stop()
     sent = collections.Counter()
     for segment in segments(capture.path):
         sent[str(segment.source.address)] += segment.payload
     assert sent["10.0.1.1"] > 1e6  # the client itself
     assert sent[DETOUR] > 1e6
-    assert ready_lab.server.matching(rf"new .*{SERVER}:5201")
+    assert detour_daemon.matching(rf"new .*{SERVER}:5201")
     assert client.run(["ss", "-Hnt", "state", "syn-sent"]).stdout == ""
 
 
@@ -174,7 +179,7 @@ def test_no_detour_on_link_and_on_this_host(lab, start, start_server, start_clie
     wait_for(lambda: status(client)["counters"]["requests"] == 1)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_sysctl_and_the_files_are_put_back(lab, start_client, signum):
     client = lab.host("client")
     before = path_manager(client)
@@ -443,3 +448,52 @@ def test_one_daemon_a_namespace(lab, start_client):
     assert second.stderr.count("\n") == 1
     assert f"pid {first.process.pid}" in second.stderr
     assert status(client)["detours"]
+
+
+def test_a_log_that_nobody_reads_does_not_stop_the_daemon(lab, sink, start_server, hold):
+    client = lab.host("client")
+    sink(lab.host("server"))
+    start_server(lab.host("detour"))
+    daemon = client.popen(["detour-client", "daemon", "detour", "-v"], stderr=subprocess.PIPE)
+    wait_for(lambda: path_manager(client) == "userspace")
+    try:
+        hold(client, 400)  # some 200 kB of log, where a pipe holds 64
+        wait_for(lambda: subflows(client) == [[DETOUR, "direct"]] * 400)
+        daemon.terminate()
+        assert daemon.wait(5) == 0
+    finally:
+        daemon.kill()
+        daemon.stderr.close()
+        daemon.wait()
+    assert path_manager(client) == "kernel"
+
+
+def test_a_control_connection_that_is_not_read_does_not_hold_up_the_end(ready_lab, hold):
+    client = ready_lab.host("client")
+    hold(client, 100)
+    path = _runtime_folder(client) / "detour-client.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(1)
+        connection.connect(str(path))
+        with contextlib.suppress(TimeoutError):
+            for _ in range(10_000):
+                connection.sendall(b'{"command": "status"}\n')
+        started = time.monotonic()
+        assert ready_lab.client.stop() == 0
+        assert time.monotonic() - started < 5
+
+
+def test_a_default_route_without_a_gateway_puts_nobody_on_link(ready_lab, hold):
+    client = ready_lab.host("client")
+    ready_lab.host("r1").run(["sysctl", "-qw", "net.ipv4.conf.L1.proxy_arp=1"])
+    client.run(["ip", "route", "flush", "table", "main", "scope", "global"])
+    client.run(["ip", "route", "replace", "default", "dev", "L1"])
+    assert "via" not in client.run(["ip", "route"]).stdout
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+
+
+def test_a_detour_with_two_ports_is_a_mistake(client_host):
+    ended = client_host.run(["detour-client", "daemon", DETOUR, f"{DETOUR}:1000"], check=False)
+    assert ended.returncode == 2
+    assert "is given with two ports" in ended.stderr

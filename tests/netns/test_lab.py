@@ -348,7 +348,7 @@ def test_exec_passes_status_input_and_output(lab: Lab):
     assert call(*run, "cat", input="hello").stdout == "hello"
     assert call(*run, "cat", "/etc/hosts").stdout.startswith("10.0.1.1\tclient\n")
     found = call(*run, "sh", "-c", "command -v detour-client",
-                 env={"PATH": "/usr/bin:/bin"}).stdout.strip()
+                 env={**os.environ, "PATH": "/usr/bin:/bin"}).stdout.strip()
     assert found == str(Path(sysconfig.get_path("scripts"), "detour-client"))
 
 

@@ -153,16 +153,20 @@ def _request(arguments: argparse.Namespace) -> None:
 def _status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         common.print_json(control.call(PROGRAM, "status"))
-    elif arguments.watch:
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # piped: let no column be cut
+    if arguments.watch and console.is_terminal:
         with Live(render(control.call(PROGRAM, "status")), auto_refresh=False) as live:
             while True:
                 time.sleep(1)
                 live.update(render(control.call(PROGRAM, "status")), refresh=True)
     else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = 200  # piped: let no column be cut
         console.print(render(control.call(PROGRAM, "status")))
+        while arguments.watch:
+            time.sleep(1)
+            console.print(render(control.call(PROGRAM, "status")))
 
 
 def _run(arguments: argparse.Namespace) -> NoReturn:

@@ -96,18 +96,18 @@ def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        _give_up_stdout()
+        _discard_output()
         status = 141
     except OSError as error:
         if sys.stdout.closed or error.errno != errno.ENOSPC:
             raise
-        _give_up_stdout()
+        _discard_output()
         print(f"{prog}: cannot write the output: {error.strerror}", file=sys.stderr)
         status = 1
     sys.exit(status)
 
 
-def _give_up_stdout() -> None:
+def _discard_output() -> None:
     """Keep the interpreter from trying once more to write what nobody takes."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

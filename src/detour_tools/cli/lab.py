@@ -32,6 +32,7 @@ examples:
   detour-lab graph                              what is connected how
   detour-lab exec detour -- detour-server --allow-remote 10.0.0.0/8
   detour-lab exec client -- detour-client daemon detour
+  detour-lab exec server -- python3 -m http.server 80 &
   detour-lab exec client -- curl http://server/
   detour-lab exec client -- bash                a shell on the client
   detour-lab down                               end its programs, remove everything

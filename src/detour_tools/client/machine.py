@@ -489,7 +489,8 @@ class Machine:
                 interval = self.settings.probe_interval * self._random.uniform(0.9, 1.1)
                 self._schedule_probe(detour, now + interval)
                 if not was_down:
-                    yield Note(f"detour {detour.endpoint} does not answer")
+                    yield Note(f"detour {detour.endpoint} does not answer: does detour-server "
+                               "run there, and serve us? See detour-client check")
                     tokens = self.connections
             elif detour.refuses(exchange.remote, now):
                 yield Note(f"detour {detour.endpoint} gives no mapping to {exchange.remote}")

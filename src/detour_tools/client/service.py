@@ -83,7 +83,7 @@ class ClientService:
             loop.add_reader(self._path_manager.fileno(), self._guarded(self._on_events))
             loop.add_reader(self._socket.fileno(), self._guarded(self._on_datagrams))
             self._resynchronise()
-            log.info("ready: detours %s", ", ".join(
+            log.info("ready; connections will ask %s", ", ".join(
                 str(detour.endpoint) for detour in self._machine.detours))
             sdnotify.ready()
             async with sdnotify.watchdog():

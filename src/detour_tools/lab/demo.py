@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ def run(output: Path, name: str) -> int:
     """
     need_root()
     _need_programs()
+    _need_folder(output)
     try:
         lock = contextlib.ExitStack()
         lock.enter_context(state.locked(f"{name}.demo", wait=False))
@@ -66,7 +68,7 @@ def run(output: Path, name: str) -> int:
             lab.down()
             story.last_words("everything is down again")
         signals.check()
-    _hand_over(output)
+    hand_over(output)
     story.note(f"pictures, captures and figures are in {output}/: "
                + ", ".join(sorted(each.name for each in output.iterdir())))
     if not results.holds:
@@ -85,6 +87,15 @@ def _need_programs() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("missing: the Python package matplotlib",
                         "install detour-tools[lab], or use 'make venv'")
+
+
+def _need_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}", "see --output") from None
 
 
 class _Signals:
@@ -283,7 +294,7 @@ class _Demo:
                     totals.items(), reverse=True)))
 
 
-def _hand_over(output: Path) -> None:
+def hand_over(output: Path) -> None:
     """Give what was written to the user who ran sudo."""
     try:
         uid, gid = int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"])
