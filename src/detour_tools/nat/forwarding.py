@@ -158,7 +158,10 @@ def parse_legacy(text: str) -> list[Chain]:
     """The forward chain of ``iptables-legacy -S``."""
     chains: dict[str, Chain] = {}
     for line in text.splitlines():
-        words = shlex.split(line)
+        try:
+            words = shlex.split(line)
+        except ValueError:  # part of a rule whose comment has line breaks
+            continue
         if words[:1] in (["-P"], ["-N"]):
             policy = words[2].lower() if words[0] == "-P" else ""
             chains[words[1]] = Chain(f"{words[1]} (legacy iptables)",
