@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Beside other people's rules: theirs stay as they are, ours do no harm, and theirs are seen."""
 
+import sys
+
 import pytest
 
 from detour_tools.lab.network import Host, Lab
@@ -189,3 +191,36 @@ def test_nftables_alone_does_not_load_legacy_tables(lab, start_server):
     detour = lab.host("detour")
     start_server(detour, "--backend", "nftables", *PRIVATE).stop()
     assert detour.run(["cat", "/proc/net/ip_tables_names"]).stdout == ""
+
+
+def test_a_comment_with_a_line_break_does_not_stop_the_server(lab, start_server, backend):
+    detour = lab.host("detour")
+    detour.run(["iptables-legacy", "-A", "FORWARD", "-m", "comment", "--comment", "two\nlines",
+                "-j", "ACCEPT"])
+    detour.run(["iptables-legacy", "-A", "FORWARD", "-j", "DROP"])
+    server = start_server(detour, "--backend", backend, *PRIVATE)
+    server.wait_line("serving")
+    assert "Traceback" not in server.output
+
+
+def test_a_firewall_that_cannot_be_read_does_not_stop_the_server(lab, start, backend, tmp_path):
+    detour = lab.host("detour")
+    code = ("from detour_tools.nat import forwarding; forwarding.warnings = lambda: [][0]; "
+            "from detour_tools.cli.server import main; main()")
+    server = start(detour, [sys.executable, "-c", code, "--backend", backend])
+    server.wait_line("cannot tell whether a firewall drops .* list index out of range")
+    server.wait_line("serving")
+    assert "Traceback" not in server.output
+
+
+def test_an_element_with_a_comment_is_taken_over(lab, start_server):
+    detour = lab.host("detour")
+    server = start_server(detour, *PRIVATE)
+    Asker(lab.host("client"), detour.address).ask("10.0.3.2:1", 1)
+    server.kill()
+    for which, element in (("mappings", '10.0.1.1 . 2 comment "mine" : 10.0.3.2 . 2'),
+                           ("mapped", '10.0.1.1 . 2 . 10.0.3.2 . 2 comment "mine"')):
+        detour.run(["nft", "add", "element", "ip", "detour-tools", which, f"{{ {element} }}"])
+    server = start_server(detour, *PRIVATE)
+    both = {("10.0.1.1", 1, "10.0.3.2:1"), ("10.0.1.1", 2, "10.0.3.2:2")}
+    assert asking.mappings(detour) == set(asking.kernel_mappings(detour, "nftables")) == both
