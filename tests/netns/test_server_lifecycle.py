@@ -320,3 +320,30 @@ def test_systemd_is_told(lab, start: Start, backend, tmp_path):
             while (said := systemd.recv(100)) == b"WATCHDOG=1":
                 pass
         assert said == b"STOPPING=1"
+
+
+def test_a_narrower_policy_holds_for_mappings_that_are_there(lab, serve, backend, asker, web,
+                                                             tmp_path):
+    """After a reload, and after a take-over."""
+    detour = lab.host("detour")
+    config = tmp_path / "server.toml"
+    config.write_text('allow-client = ["10.0.0.0/8"]\n')
+    server = serve("--config", config)
+    stranger = Asker(lab.host("r1"), detour.address)
+    stranger.ask("10.0.3.2:81", 81)
+    theirs = Flow(lab.host("r1"), detour.address, stranger.ask("10.0.3.2:80", 80))
+    flow = flow_through(lab, asker)
+    config.write_text('allow-client = ["10.0.1.0/24"]\n')
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_line("removed 2 mappings that are not allowed any more")
+    server.wait_line("reloaded$")
+    assert asking.is_cut(theirs)
+    assert mappings(detour) == {("10.0.1.1", 80, "10.0.3.2:80")}
+    assert flow.echo()
+    server.kill()
+    config.write_text('allow-client = ["10.9.0.0/16"]\n')
+    server = serve("--config", config)
+    assert server.matching("removed 1 mappings that are not allowed any more")
+    assert kernel_mappings(detour, backend) == []
+    assert asking.is_cut(flow)
+    assert asking.status(detour)["refused"] == {}

@@ -303,3 +303,26 @@ def test_a_thousand_mappings_in_the_kernel(lab, serve, backend, asker):
     assert {remote for _, _, remote in found} == wanted
     assert len({port for _, port, _ in found}) == 1000
     assert set(found) == mappings(lab.host("detour"))
+
+
+def test_a_remote_that_becomes_the_detours_own_is_out_of_reach(lab, serve, backend, asker):
+    """Whether it is running then or taking over later."""
+    detour, client = lab.host("detour"), lab.host("client")
+    server = serve()
+    asker.ask("10.0.3.2:80", 80)
+    asker.ask("10.0.3.77:80", 81)
+    asker.ask("10.0.3.3:80", 82)
+    stays = {("10.0.1.1", 82, "10.0.3.3:80")}
+    detour.run(["ip", "address", "add", "10.0.3.2/32", "dev", "lo"])
+    WhoAmI(detour, 80)
+    if backend == "nftables":  # at once
+        with pytest.raises(OSError, match=r"timed out|refused"):
+            Flow(client, "10.0.6.2", 80, timeout=0.5).close()
+    asking.in_time("the mapping is gone", (("10.0.1.1", 80, "10.0.3.2:80") not in mappings(detour)
+                                           for _ in range(999)))
+    assert server.matching("removed 1 mappings that are not allowed")
+    server.kill()
+    detour.run(["ip", "address", "add", "10.0.3.77/32", "dev", "lo"])
+    serve()
+    assert mappings(detour) == set(kernel_mappings(detour, backend)) == stays
+    assert asking.refuses(client, "10.0.6.2", 81)

@@ -24,6 +24,9 @@ TABLE = "detour-tools"
 # Ours come just before the host's own NAT (-100 and 100), so that a mapping that was answered
 # means what the answer said. Only flows that are ours match, everything else passes on.
 #
+# 'input': a remote may become an address of the detour after its mapping was made; the detour's
+# own services stay out of reach all the same.
+#
 # 'ct status dnat': without it a plain forwarded flow of a client to a mapped remote would be
 # masqueraded, where the detour is also the client's router.
 _RULESET = """
@@ -47,6 +50,11 @@ table ip {table} {{
         type nat hook postrouting priority srcnat - 1; policy accept;
         ct status dnat meta l4proto tcp ip saddr . ct original proto-dst . ip daddr . tcp dport \
 @mapped masquerade
+    }}
+    chain input {{
+        type filter hook input priority filter; policy accept;
+        ct status dnat meta l4proto tcp ip saddr . ct original proto-dst . ip daddr . tcp dport \
+@mapped drop
     }}
 }}
 """
@@ -168,7 +176,8 @@ def _elements(verb: str, mappings: Collection[Mapping]) -> Iterable[str]:
 
 
 def _mapping(key: dict[str, Any], value: dict[str, Any]) -> Mapping:
-    client, detour_port = key["concat"]
+    # An element that somebody gave a comment is wrapped.
+    client, detour_port = key.get("elem", {}).get("val", key)["concat"]
     address, port = value["concat"]
     return Mapping(ip_address(client), int(detour_port),
                    Endpoint(ip_address(address), int(port)))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from detour_tools.endpoint import Endpoint, IPAddress
+from detour_tools.mapping import Mapping
 
 Network = IPv4Network | IPv6Network
 
@@ -173,9 +174,18 @@ class Policy:
             return self.count(Refusal.DETOUR)
         if broadcast:
             return self.count(Refusal.BROADCAST)
-        if address in _PRIVATE_REMOTE_SET and address not in self._remotes:
+        if not self._serves(address):
             return self.count(Refusal.PRIVATE)
         return None
+
+    def permits(self, mapping: Mapping) -> bool:
+        """Whether a mapping that stands already may stay; counts nothing."""
+        address = mapping.remote.address
+        return (mapping.client in self._clients and mapping.remote.port > 0
+                and address not in _NEVER_SET and self._serves(address))
+
+    def _serves(self, address: IPAddress) -> bool:
+        return address not in _PRIVATE_REMOTE_SET or address in self._remotes
 
     def check_room(self, of_client: int, in_all: int) -> Refusal | None:
         """Whether there is room for one more mapping, with so many there."""

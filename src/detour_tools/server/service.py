@@ -15,11 +15,12 @@ from typing import Any
 
 from detour_tools import mproxy, runtime, sdnotify
 from detour_tools.control import ControlServer, check_group
-from detour_tools.endpoint import parse_endpoint
+from detour_tools.endpoint import IPAddress, parse_endpoint
 from detour_tools.errors import UserError
 from detour_tools.nat import forwarding
 from detour_tools.nat.base import NatError
 from detour_tools.printer import Printer
+from detour_tools.server.addresses import own_addresses
 from detour_tools.server.garbage import QuietCollector
 from detour_tools.server.keeper import Keeper
 from detour_tools.server.policy import Policy
@@ -52,6 +53,7 @@ class Server:
         self._policy = Policy(settings.rules)
         self._keeper = Keeper(settings.max_mappings)
         self._requests: Requests | None = None
+        self._own: frozenset[IPAddress] = frozenset()
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM. Raises UserError."""
@@ -99,8 +101,8 @@ class Server:
                 await self._keeper.start(self._settings.backend)
             except NatError as error:
                 raise UserError(f"the kernel does not take our rules: {error}") from None
-            for warning in await asyncio.to_thread(forwarding.warnings):
-                log.warning("%s", warning)
+            await self._remove_forbidden(own_addresses())
+            await _warn()
             yield
         finally:
             await self._keeper.stop()
@@ -125,6 +127,9 @@ class Server:
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             await self._keeper.check()
+            own = own_addresses()
+            if own != self._own:
+                await self._remove_forbidden(own)
             collector.run(self._requests.counters.received, time.monotonic())
 
     async def _sweep(self) -> None:
@@ -155,6 +160,20 @@ class Server:
             self._expired += len(removed)
             log.info("removed %d idle mappings", len(removed))
 
+    async def _remove_forbidden(self, own: frozenset[IPAddress]) -> None:
+        """Remove mappings that policy would refuse now; ``own``: the detour's addresses."""
+        self._own = own
+        forbidden = [entry for entry in self._keeper.table.entries()
+                     if entry.mapping.remote.address in own
+                     or not self._policy.permits(entry.mapping)]
+        try:
+            removed = await self._keeper.remove(forbidden, lambda _: True)
+        except NatError as error:
+            log.error("cannot remove mappings that are not allowed any more: %s", error)
+            return
+        if removed:
+            log.info("removed %d mappings that are not allowed any more", len(removed))
+
     def _on_reload(self) -> None:
         try:
             fresh = self._reload()
@@ -177,6 +196,7 @@ class Server:
             await self._keeper.make_room(self._settings.max_mappings)
         except NatError as error:
             log.error("no room for max-mappings %d: %s", self._settings.max_mappings, error)
+        await self._remove_forbidden(self._own)
         log.info("reloaded")
 
     async def _status(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -240,3 +260,14 @@ class Server:
         if removed:
             log.info("flushed %d mappings", len(removed))
         return {"flushed": len(removed)}
+
+
+async def _warn() -> None:
+    """Say what stands in the way of detoured packets; whatever fails here is no harm."""
+    try:
+        warnings = await asyncio.to_thread(forwarding.warnings)
+    except Exception as error:  # other people's rules may be anything
+        log.warning("cannot tell whether a firewall drops detoured packets: %s", error)
+        return
+    for warning in warnings:
+        log.warning("%s", warning)
