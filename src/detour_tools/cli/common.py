@@ -9,10 +9,12 @@ import os
 import sys
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from detour_tools import __version__
 from detour_tools.errors import UserError
+
+Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,24 +53,21 @@ def network(text: str) -> IPv4Network | IPv6Network:
 
 def whole_number(minimum: int, maximum: int) -> Callable[[str], int]:
     """An argument type: a whole number within bounds."""
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
-        if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{value} is not from {minimum} to {maximum}")
-        return value
-    return convert
+    return _bounded(int, "whole number", minimum, maximum)
 
 
 def number(minimum: float, maximum: float) -> Callable[[str], float]:
     """An argument type: a number within bounds."""
-    def convert(text: str) -> float:
+    return _bounded(float, "number", minimum, maximum)
+
+
+def _bounded(kind: Callable[[str], Number], name: str, minimum: Number, maximum: Number
+             ) -> Callable[[str], Number]:
+    def convert(text: str) -> Number:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {name}") from None
         if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"{text} is not from {minimum:g} to {maximum:g}")
         return value
