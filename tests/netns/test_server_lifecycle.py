@@ -17,7 +17,7 @@ from detour_tools import runtime
 from detour_tools.conntrack import Conntrack
 from detour_tools.lab import namespaces
 from detour_tools.lab.daemons import Daemon
-from detour_tools.lab.network import Lab
+from detour_tools.lab.network import Lab, environment
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
 from tests.netns.conftest import Start, StartServer
@@ -347,3 +347,44 @@ def test_a_narrower_policy_holds_for_mappings_that_are_there(lab, serve, backend
     assert kernel_mappings(detour, backend) == []
     assert asking.is_cut(flow)
     assert asking.status(detour)["refused"] == {}
+
+
+def test_sighup_while_it_starts_is_a_reload_when_it_serves(lab, start: Start, backend):
+    detour = lab.host("detour")
+    code = ("import os, signal; from detour_tools.nat import choose; original = choose._open\n"
+            "def hang_up(wanted):\n"
+            "    os.kill(os.getpid(), signal.SIGHUP)\n"
+            "    return original(wanted)\n"
+            "choose._open = hang_up\n"
+            "from detour_tools.cli.server import main; main()")
+    server = start(detour, [_python(), "-c", code, "--backend", backend])
+    server.wait_line("serving")
+    server.wait_line("reloaded$")
+    assert server.stop() == 0
+    assert asking.forwarding(detour) == "0"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_impatience_does_no_harm(lab, serve, backend, number):
+    """A signal that comes again and again until there is no process any more."""
+    detour = lab.host("detour")
+    server = serve()
+    server.process.send_signal(signal.SIGTERM)
+    while server.process.poll() is None:
+        server.process.send_signal(number)
+        time.sleep(0.0005)
+    assert server.stop() == 0
+    assert not [line for line in server.lines if not line.startswith("net.ipv4.")
+                and not re.search(r"(serving on .*|stopping|reloaded)$", line)]
+    assert asking.forwarding(detour) == "0"
+    assert "DETOUR" not in asking.rules(detour).upper()
+
+
+def test_ctrl_c_while_it_is_loaded_is_no_traceback(lab, tmp_path):
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = lab.host("detour").run(["detour-server"], check=False, timeout=20,
+                                  env={**environment(), "PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (130, "")

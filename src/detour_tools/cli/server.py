@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """detour-server: serve, or ask the server that runs here."""
 
-import argparse
-import asyncio
-import dataclasses
-from pathlib import Path
-from typing import Any, NoReturn
+import sys
 
-from rich.console import Console
-from rich.table import Table
+try:
+    import argparse
+    import asyncio
+    import dataclasses
+    import signal
+    from pathlib import Path
+    from typing import Any, NoReturn
 
-from detour_tools import config, control, log
-from detour_tools.cli import common
-from detour_tools.nat.choose import CHOICES
-from detour_tools.server.service import PROGRAM, Server
-from detour_tools.server.settings import Settings
+    from rich.console import Console
+    from rich.table import Table
+
+    from detour_tools import config, control, log
+    from detour_tools.cli import common
+    from detour_tools.nat.choose import CHOICES
+    from detour_tools.server.service import PROGRAM, Server
+    from detour_tools.server.settings import Settings
+except KeyboardInterrupt:  # too early for common.run()
+    sys.exit(130)
 
 _DESCRIPTION = """\
 Be a detour: answer clients that ask for a mapping, and translate their TCP flows.
@@ -101,6 +107,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     def load() -> Settings:
         return config.load(Settings, arguments.config, overrides)
 
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server has its own handler
     overrides = {field.name: getattr(arguments, field.name)
                  for field in dataclasses.fields(Settings)}
     overrides = {name: tuple(value) if isinstance(value, list) else value

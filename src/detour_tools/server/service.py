@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from ipaddress import ip_address
 from itertools import islice
 from typing import Any
@@ -43,11 +44,12 @@ _PAGE = 1000
 class Server:
     """A detour, from start to clean-up."""
 
-    def __init__(self, settings: Settings, reload: Callable[[], Settings]) -> None:
-        """``reload`` reads the settings again; it raises UserError when they are bad."""
+    def __init__(self, settings: Settings, load: Callable[[], Settings]) -> None:
+        """``load`` reads the settings again; it raises UserError when they are bad."""
         self._settings = settings
-        self._reload = reload
+        self._load = load
         self._stop = asyncio.Event()
+        self._reload_wanted = asyncio.Event()
         self._started = time.monotonic()
         self._expired = 0
         self._policy = Policy(settings.rules)
@@ -62,9 +64,13 @@ class Server:
         # cut the flows of a server before us.
         check_group(self._settings.control_group)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop.set)
         async with contextlib.AsyncExitStack() as stack:
+            for number, event in ((signal.SIGINT, self._stop), (signal.SIGTERM, self._stop),
+                                  (signal.SIGHUP, self._reload_wanted)):
+                # Not by the loop: it would put the defaults back when it ends, and a further
+                # signal could still kill us then.
+                signal.signal(number, partial(_set, loop, event))
+                stack.callback(signal.signal, number, signal.SIG_IGN)
             lock = runtime.InstanceLock(PROGRAM)
             stack.callback(lock.release)
             printer = Printer(sys.stdout)
@@ -75,7 +81,6 @@ class Server:
             self._requests = Requests(receiver, self._keeper, self._policy, printer)
             stack.callback(self._requests.close)
             await stack.enter_async_context(self._rules(printer))
-            loop.add_signal_handler(signal.SIGHUP, self._on_reload)
             loop.add_reader(receiver.fileno(), self._requests.on_readable)
             stack.callback(loop.remove_reader, receiver.fileno())
             # Last: who sees the control socket may take the server for ready.
@@ -111,7 +116,8 @@ class Server:
     async def _serve(self) -> None:
         assert self._requests is not None  # noqa: S101 - made by run()
         tasks = [asyncio.create_task(work) for work in (
-            self._stop.wait(), self._requests.serve(), self._check(), self._sweep())]
+            self._stop.wait(), self._requests.serve(), self._check(), self._sweep(),
+            self._reload_when_told())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -174,9 +180,15 @@ class Server:
         if removed:
             log.info("removed %d mappings that are not allowed any more", len(removed))
 
-    def _on_reload(self) -> None:
+    async def _reload_when_told(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            await self._reload()
+
+    async def _reload(self) -> None:
         try:
-            fresh = self._reload()
+            fresh = self._load()
         except UserError as error:
             log.error("not reloaded: %s", error)
             return
@@ -189,9 +201,6 @@ class Server:
         self._settings = dataclasses.replace(
             old, **{name: getattr(fresh, name) for name in RELOADABLE})
         self._policy.set_rules(self._settings.rules)
-        self._reloading = asyncio.create_task(self._make_room())
-
-    async def _make_room(self) -> None:
         try:
             await self._keeper.make_room(self._settings.max_mappings)
         except NatError as error:
@@ -271,3 +280,7 @@ async def _warn() -> None:
         return
     for warning in warnings:
         log.warning("%s", warning)
+
+
+def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event, *_: object) -> None:
+    loop.call_soon_threadsafe(event.set)
