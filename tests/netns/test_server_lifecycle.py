@@ -388,3 +388,23 @@ def test_ctrl_c_while_it_is_loaded_is_no_traceback(lab, tmp_path):
     done = lab.host("detour").run(["detour-server"], check=False, timeout=20,
                                   env={**environment(), "PYTHONPATH": path})
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_when_it_gets_crowded_unused_mappings_go_soon(lab, start: Start, backend, web):
+    detour = lab.host("detour")
+    code = ("from detour_tools.server import policy, service\n"
+            "policy._CROWDED_SECONDS = 1.0; service._SWEEP_SECONDS = 0.2\n"
+            "from detour_tools.cli.server import main; main()")
+    server = start(detour, [_python(), "-c", code, "--backend", backend, *PRIVATE,
+                            "--max-mappings", "20"])
+    server.wait_line("serving")
+    asker = Asker(lab.host("client"), detour.address)
+    flow = flow_through(lab, asker)
+    for port in range(1, 20):
+        asker.ask(f"10.0.3.3:{port}", port)
+    good = Asker(lab.host("r1"), detour.address)
+    assert good.ask("10.0.3.2:80", 80, tries=9) == 80
+    asking.in_time("the unused ones are gone",
+                   (len(mappings(detour)) <= 2 for _ in range(999)))
+    assert ("10.0.1.1", 80, "10.0.3.2:80") in mappings(detour)
+    assert flow.echo()

@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detour_tools.endpoint import Endpoint, parse_endpoint
+from detour_tools.mapping import Mapping
 from detour_tools.server.policy import Policy, RateLimiter, Refusal, Rules
 
 CLIENT = IPv4Address("10.0.1.1")
 
 
 def policy(**rules) -> Policy:
-    return Policy(Rules(**{"max_per_client": 10, "max_mappings": 100} | rules))
+    return Policy(Rules(**{"max_per_client": 10, "max_mappings": 100,
+                           "idle_timeout": 3600.0} | rules))
 
 
 def networks(*texts):
@@ -140,3 +142,20 @@ def test_never_more_than_the_rate_and_one_burst(gaps, rate):
         now += gap
         passed += limiter.allows(CLIENT, now)
     assert passed <= rate + now * rate + 1e-6
+
+
+def test_a_crowded_table_forgets_sooner():
+    assert [policy().idle_limit(in_all) for in_all in (0, 90, 91, 100)] == [3600, 3600, 60, 60]
+    assert policy(idle_timeout=7.0).idle_limit(100) == 7
+
+
+def test_permits_is_what_would_not_be_refused():
+    checked = policy(allow_clients=networks("10.0.1.0/24"), allow_remotes=networks("10.0.3.0/24"))
+    for client, remote, allowed in (
+            ("10.0.1.1", "10.0.3.2:80", True), ("10.0.1.1", "8.8.8.8:80", True),
+            ("10.0.2.1", "8.8.8.8:80", False), ("10.0.1.1", "10.0.4.2:80", False),
+            ("10.0.1.1", "127.0.0.1:80", False), ("10.0.1.1", "8.8.8.8:0", False)):
+        mapping = Mapping(IPv4Address(client), 80, Endpoint(
+            IPv4Address(remote.partition(":")[0]), int(remote.partition(":")[2])))
+        assert checked.permits(mapping) == allowed, mapping
+    assert not checked.refused

@@ -18,6 +18,10 @@ from detour_tools.mapping import Mapping
 Network = IPv4Network | IPv6Network
 
 _BUCKETS = 65536
+# Above this share of max_mappings mappings expire sooner, so that a flood of them from many
+# sources does not keep good clients out for an idle time-out.
+_CROWDED = 0.9
+_CROWDED_SECONDS = 60.0
 
 
 class Refusal(enum.Enum):
@@ -89,7 +93,8 @@ _NEVER_SET = _networks(text for _, texts in _NEVER for text in texts)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What the administrator decides. ``rate`` is requests a second of one client, 0 is no limit.
+    """What the administrator decides. ``rate`` is requests a second of one client, 0 is no limit;
+    ``idle_timeout`` is in seconds.
 
     With ``allow_clients`` empty, clients are those with private addresses.
     """
@@ -99,6 +104,7 @@ class Rules:
     rate: float = 0.0
     max_per_client: int
     max_mappings: int
+    idle_timeout: float
 
 
 class RateLimiter:
@@ -194,3 +200,9 @@ class Policy:
         if of_client >= self.rules.max_per_client:
             return self.count(Refusal.CLIENT_FULL)
         return None
+
+    def idle_limit(self, in_all: int) -> float:
+        """After how many seconds without flow and request a mapping goes, with so many there."""
+        crowded = in_all > _CROWDED * self.rules.max_mappings
+        return min(self.rules.idle_timeout, _CROWDED_SECONDS) if crowded else (
+            self.rules.idle_timeout)

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _FORWARDING = "net.ipv4.ip_forward"
 _CHECK_SECONDS = 2.0
-_SWEEP_SECONDS = 60.0
+_SWEEP_SECONDS = 15.0
 _PAGE = 1000
 
 
@@ -146,7 +146,8 @@ class Server:
 
     async def _expire(self) -> None:
         table = self._keeper.table
-        idle = list(table.unused_since(time.monotonic() - self._settings.idle_timeout))
+        limit = self._policy.idle_limit(len(table))
+        idle = list(table.unused_since(time.monotonic() - limit))
         if not idle:
             return
         used_at = {entry.serial: entry.last_used for entry in idle}

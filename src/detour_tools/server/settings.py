@@ -50,4 +50,4 @@ class Settings:
         """The part that the policy applies."""
         return Rules(allow_clients=self.allow_client, allow_remotes=self.allow_remote,
                      rate=self.rate, max_per_client=self.max_per_client,
-                     max_mappings=self.max_mappings)
+                     max_mappings=self.max_mappings, idle_timeout=self.idle_timeout)
