@@ -3,6 +3,7 @@
 
 import contextlib
 import errno
+import signal
 import socket
 from collections.abc import Callable
 
@@ -326,3 +327,31 @@ def test_a_remote_that_becomes_the_detours_own_is_out_of_reach(lab, serve, backe
     serve()
     assert mappings(detour) == set(kernel_mappings(detour, backend)) == stays
     assert asking.refuses(client, "10.0.6.2", 81)
+
+
+def test_forbidden_ports_are_given_to_nobody(lab, serve, backend, asker, tmp_path):
+    detour = lab.host("detour")
+    config = tmp_path / "server.toml"
+    config.write_text('forbid-port = ["8080", "9000-9100"]\n')
+    server = serve("--config", config, "--rate", "0")
+    assert asker.ask("10.0.3.2:8080", 8080) >= 49152
+    assert asker.ask("10.0.3.2:9050", 9050) >= 49152
+    assert asker.ask("10.0.3.2:9101", 9101) == 9101
+    assert asker.ask("10.0.3.2:80", 80) == 80
+    config.write_text('forbid-port = ["9101", "49152-65000"]\n')
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_line("reloaded$")
+    assert mappings(detour) == set(kernel_mappings(detour, backend))
+    assert {port for _, port, _ in mappings(detour) if port <= 65000} == {80}
+    assert asker.ask("10.0.3.2:8081", 8080) == 8080
+    assert all(asker.ask(f"10.0.3.2:{port}", 0) > 65000 for port in range(1, 21))
+    assert "9101, 49152-65000" in detour.run(["detour-server", "status"]).stdout
+
+
+def test_forbidden_ports_on_the_command_line(lab, serve):
+    serve("--forbid-port", "8080", "--forbid-port", "9000-9100")
+    assert asking.status(lab.host("detour"))["policy"]["forbid_port"] == ["8080", "9000-9100"]
+    done = lab.host("detour").run(["detour-server", "--forbid-port", "http"], check=False)
+    assert done.returncode == 2
+    assert done.stderr == ("detour-server: forbid-port: 'http' is not a port or range "
+                           "(write PORT or PORT-PORT, of 1 to 65535)\n")

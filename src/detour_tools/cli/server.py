@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
                         help="serve these clients only; repeatable (default: private addresses)")
     policy.add_argument("--allow-remote", metavar="CIDR", action="append", type=common.network,
                         help="private remotes that clients may reach; repeatable (default: none)")
+    policy.add_argument("--forbid-port", metavar="PORT[-PORT]", action="append",
+                        help="detour ports that no client gets, such as those that this host "
+                             "forwards by rules of its own; repeatable (default: none)")
     policy.add_argument("--rate", metavar="REQUESTS_PER_SECOND", type=common.number(0, 1e6),
                         help=f"of one client, 0 is no limit (default {default.rate:g})")
     policy.add_argument("--max-per-client", metavar="N", type=common.whole_number(1, 65535),
@@ -141,6 +144,8 @@ def _status(arguments: argparse.Namespace) -> None:
             ("expired", status["expired"]),
             ("clients", ", ".join(policy["allow_client"]) or "private addresses"),
             ("private remotes", ", ".join(policy["allow_remote"]) or "none"),
+            ("forbidden ports", ", ".join(policy["forbid_port"])
+             or "none but those that this host listens on"),
             ("limits", f"{policy['rate']:g} requests/s and {policy['max_per_client']} mappings "
                        f"a client, idle for {policy['idle_timeout']:g} s"),
     ):

@@ -101,6 +101,7 @@ class Rules:
 
     allow_clients: tuple[Network, ...] = ()
     allow_remotes: tuple[Network, ...] = ()
+    forbid_ports: tuple[range, ...] = ()
     rate: float = 0.0
     max_per_client: int
     max_mappings: int
@@ -188,10 +189,15 @@ class Policy:
         """Whether a mapping that stands already may stay; counts nothing."""
         address = mapping.remote.address
         return (mapping.client in self._clients and mapping.remote.port > 0
-                and address not in _NEVER_SET and self._serves(address))
+                and not self.forbids_port(mapping.detour_port) and address not in _NEVER_SET
+                and self._serves(address))
 
     def _serves(self, address: IPAddress) -> bool:
         return address not in _PRIVATE_REMOTE_SET or address in self._remotes
+
+    def forbids_port(self, port: int) -> bool:
+        """Whether the detour port is given to nobody."""
+        return any(port in ports for ports in self.rules.forbid_ports)
 
     def check_room(self, of_client: int, in_all: int) -> Refusal | None:
         """Whether there is room for one more mapping, with so many there."""

@@ -151,9 +151,12 @@ class Requests:
             return refusal
         try:
             return table.request(client, remote, message.detour_port, now,
-                                 self._listening.__contains__)
+                                 self._forbidden)
         except NoFreePortError:
             return self._policy.count(Refusal.NO_PORT)
+
+    def _forbidden(self, port: int) -> bool:
+        return self._policy.forbids_port(port) or port in self._listening
 
     def _answer(self, decided: list[tuple[_Request, Decision]]) -> None:
         counters = self.counters

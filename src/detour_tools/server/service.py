@@ -226,6 +226,7 @@ class Server:
             "policy": {
                 "allow_client": [str(network) for network in settings.allow_client],
                 "allow_remote": [str(network) for network in settings.allow_remote],
+                "forbid_port": list(settings.forbid_port),
                 "rate": settings.rate,
                 "max_per_client": settings.max_per_client,
                 "max_mappings": settings.max_mappings,
