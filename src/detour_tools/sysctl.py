@@ -8,6 +8,7 @@ it at its next start and puts the right value back in the end.
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from detour_tools.errors import UserError
@@ -16,8 +17,11 @@ log = logging.getLogger(__name__)
 
 
 def path_of(name: str) -> Path:
-    """The file of a sysctl such as ``net.ipv4.ip_forward``."""
-    return Path("/proc/sys", *name.split("."))
+    """The file of a sysctl such as ``net.ipv4.ip_forward``.
+
+    As for sysctl(8), parts may have slashes between them instead, and dots within then.
+    """
+    return Path("/proc/sys", *name.split("/" if "/" in name else "."))
 
 
 def read(name: str) -> str | None:
@@ -57,8 +61,11 @@ class BorrowedSysctls:
         except (ValueError, AttributeError, TypeError):
             log.warning("%s is damaged: what it remembered is lost", journal)
 
-    def set(self, name: str, value: str) -> None:
-        """Set a sysctl, remembering what it was; raises UserError."""
+    def set(self, name: str, value: str, resets: Iterable[str] = ()) -> None:
+        """Set a sysctl, remembering what it was; raises UserError.
+
+        ``resets`` are others that the kernel sets to the same value whenever this one is changed.
+        """
         current = read(name)
         if current is None:
             raise UserError(f"this kernel has no sysctl {name}")
@@ -66,6 +73,10 @@ class BorrowedSysctls:
         if before is None and current == value:
             return
         self._borrowed[name] = (before[0] if before else current, value)
+        if before is None:
+            # Put back after this one, which will have set them to what it is then.
+            self._borrowed |= {other: (value, current) for other in resets
+                               if read(other) == value}
         self._save()
         write(name, value)
 

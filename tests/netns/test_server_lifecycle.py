@@ -408,3 +408,25 @@ def test_when_it_gets_crowded_unused_mappings_go_soon(lab, start: Start, backend
                    (len(mappings(detour)) <= 2 for _ in range(999)))
     assert ("10.0.1.1", 80, "10.0.3.2:80") in mappings(detour)
     assert flow.echo()
+
+
+def test_forwarding_of_single_interfaces_is_put_back(lab, serve):
+    detour = lab.host("detour")
+    detour.run(["ip", "link", "add", "with.dot", "type", "veth", "peer", "name", "end"])
+    names = ["with.dot", "default"]
+    for name in names:
+        detour.run(["sysctl", "-qw", f"net/ipv4/conf/{name}/forwarding=1"])
+
+    def switches() -> str:
+        return detour.run(["sh", "-c", "grep . /proc/sys/net/ipv4/conf/*/forwarding"]).stdout
+
+    before = switches()
+    assert ":0" in before
+    assert before.count(":1") == 2
+    serve().stop()
+    assert switches() == before
+    serve().kill()
+    serve().kill()
+    assert switches().count(":0") == 0
+    serve().stop()
+    assert switches() == before

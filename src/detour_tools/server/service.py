@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import sys
 import time
@@ -36,6 +37,7 @@ PROGRAM = "detour-server"
 log = logging.getLogger(__name__)
 
 _FORWARDING = "net.ipv4.ip_forward"
+_PER_INTERFACE = "/proc/sys/net/ipv4/conf"
 _CHECK_SECONDS = 2.0
 _SWEEP_SECONDS = 15.0
 _PAGE = 1000
@@ -100,7 +102,9 @@ class Server:
     async def _rules(self, printer: Printer) -> AsyncIterator[None]:
         sysctls = BorrowedSysctls(runtime.directory() / f"{PROGRAM}.sysctls")
         try:
-            sysctls.set(_FORWARDING, "1")
+            sysctls.set(_FORWARDING, "1", resets=[
+                f"net/ipv4/conf/{name}/forwarding" for name in os.listdir(_PER_INTERFACE)
+                if name != "all"])
             printer.print(f"{_FORWARDING} = 1\n")
             try:
                 await self._keeper.start(self._settings.backend)
