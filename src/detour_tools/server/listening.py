@@ -3,6 +3,7 @@
 
 import time
 
+from detour_tools.errors import UserError
 from detour_tools.netlink.inet_diag import InetDiag
 
 # Looking may take one part in so many of the time.
@@ -20,8 +21,13 @@ class ListeningPorts:
     """
 
     def __init__(self) -> None:
-        self._diag = InetDiag()
-        self._ports: frozenset[int] = frozenset()
+        """Look once, to find out whether that is possible; raises UserError."""
+        try:
+            self._diag = InetDiag()
+        except OSError as error:
+            raise UserError(f"this kernel does not list its sockets: {error.strerror}",
+                            "CONFIG_INET_DIAG is needed") from None
+        self._ports = self._read()
         self._fresh_until = 0.0
 
     def __contains__(self, port: int) -> bool:
