@@ -12,14 +12,16 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, TypeVar
 
+from detour_tools.endpoint import Network
 from detour_tools.errors import UserError
 
+__all__ = ["Network", "load"]
+
 Settings = TypeVar("Settings")
-Network = IPv4Network | IPv6Network
 
 
 def load(kind: type[Settings], path: Path | None,

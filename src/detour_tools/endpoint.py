@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """An address with a port, and how people write them."""
 
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import NamedTuple
 
 from detour_tools.errors import UserError
 
 IPAddress = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
 
 
 class Endpoint(NamedTuple):

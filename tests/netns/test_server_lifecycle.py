@@ -298,6 +298,7 @@ def test_nobody_reading_the_output_does_not_stop_the_service(lab, backend, asker
         process.stdout.close()
         for port in range(1, 50):
             assert asker.ask(f"10.0.3.2:{port}", port) == port
+        assert asking.status(detour)["unprinted"] > 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
     finally:
@@ -430,3 +431,16 @@ def test_forwarding_of_single_interfaces_is_put_back(lab, serve):
     assert switches().count(":0") == 0
     serve().stop()
     assert switches() == before
+
+
+@pytest.mark.parametrize("what", ["InetDiag.__init__", "InetDiag.listening"])
+def test_a_kernel_that_does_not_list_sockets_is_one_line(lab, what):
+    error = {"InetDiag.__init__": "OSError(93, 'Protocol not supported')",
+             "InetDiag.listening": "UserError('this kernel does not list its sockets: none')"}[what]
+    code = ("from detour_tools.netlink.inet_diag import InetDiag\n"
+            "from detour_tools.errors import UserError\n"
+            f"def fail(self): raise {error}\n"
+            f"{what} = fail\n"
+            "from detour_tools.cli.server import main; main()")
+    assert "this kernel does not list its sockets" in fails(lab, command=(_python(), "-c", code))
+    assert asking.forwarding(lab.host("detour")) == "0"

@@ -142,6 +142,7 @@ def _status(arguments: argparse.Namespace) -> None:
             ("refused", ", ".join(f"{name} {count}" for name, count
                                   in sorted(status["refused"].items())) or "nothing"),
             ("expired", status["expired"]),
+            ("lines not printed", status["unprinted"]),
             ("clients", ", ".join(policy["allow_client"]) or "private addresses"),
             ("private remotes", ", ".join(policy["allow_remote"]) or "none"),
             ("forbidden ports", ", ".join(policy["forbid_port"])

@@ -10,12 +10,10 @@ import enum
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import ip_network
 
-from detour_tools.endpoint import Endpoint, IPAddress
+from detour_tools.endpoint import Endpoint, IPAddress, Network
 from detour_tools.mapping import Mapping
-
-Network = IPv4Network | IPv6Network
 
 _BUCKETS = 65536
 # Above this share of max_mappings mappings expire sooner, so that a flood of them from many

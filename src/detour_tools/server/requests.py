@@ -76,6 +76,11 @@ class Requests:
         self._listening.close()
         self._routes.close()
 
+    @property
+    def unprinted(self) -> int:
+        """How many lines the reader of the output missed."""
+        return self._printer.dropped_lines
+
     def on_readable(self) -> None:
         """Take datagrams; a flood of them keeps nothing else from its turn."""
         now = time.monotonic()

@@ -227,6 +227,7 @@ class Server:
             "expired": self._expired,
             "failed_commits": self._keeper.failed_commits,
             "repairs": self._keeper.repairs,
+            "unprinted": self._requests.unprinted,
             "policy": {
                 "allow_client": [str(network) for network in settings.allow_client],
                 "allow_remote": [str(network) for network in settings.allow_remote],

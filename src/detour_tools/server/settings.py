@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from detour_tools import mproxy
-from detour_tools.config import Network
-from detour_tools.endpoint import parse_endpoint
+from detour_tools.endpoint import Network, parse_endpoint
 from detour_tools.errors import UserError
 from detour_tools.server.policy import Rules
 
