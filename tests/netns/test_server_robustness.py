@@ -10,6 +10,7 @@ import pytest
 
 from detour_tools import control
 from detour_tools.endpoint import parse_endpoint
+from detour_tools.errors import UserError
 from detour_tools.lab import namespaces
 from tests.netns import asking
 from tests.netns.asking import Asker, kernel_mappings
@@ -76,3 +77,15 @@ def test_a_million_bad_datagrams(lab, start_server, start, backend):
     assert slowest < 5.0
     assert "Traceback" not in server.output
     assert len(server.lines) < len(served) + 1000, "bad datagrams are logged at a bounded rate"
+
+
+def test_addresses_that_cannot_be_listed_do_not_stop_the_server(lab, start):
+    code = ("from detour_tools.server import service\n"
+            "def fail(): raise OSError(105, 'No buffer space available')\n"
+            "service.own_addresses = fail; service._CHECK_SECONDS = 0.05\n"
+            "from detour_tools.cli.server import main; main()")
+    server = start(lab.host("detour"), [sys.executable, "-c", code])
+    server.wait_line("serving")
+    with pytest.raises(UserError, match="within 1 s"):
+        server.wait_line("Traceback", 1.0)
+    assert server.stop() == 0

@@ -110,7 +110,8 @@ class Server:
                 await self._keeper.start(self._settings.backend)
             except NatError as error:
                 raise UserError(f"the kernel does not take our rules: {error}") from None
-            await self._remove_forbidden(own_addresses())
+            self._see_addresses()
+            await self._remove_forbidden()
             await _warn()
             yield
         finally:
@@ -137,9 +138,8 @@ class Server:
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             await self._keeper.check()
-            own = own_addresses()
-            if own != self._own:
-                await self._remove_forbidden(own)
+            if self._see_addresses():
+                await self._remove_forbidden()
             collector.run(self._requests.counters.received, time.monotonic())
 
     async def _sweep(self) -> None:
@@ -171,11 +171,17 @@ class Server:
             self._expired += len(removed)
             log.info("removed %d idle mappings", len(removed))
 
-    async def _remove_forbidden(self, own: frozenset[IPAddress]) -> None:
-        """Remove mappings that policy would refuse now; ``own``: the detour's addresses."""
-        self._own = own
+    def _see_addresses(self) -> bool:
+        """Look which addresses are the detour's own; whether others than before."""
+        before = self._own
+        with contextlib.suppress(OSError):  # the next look tells
+            self._own = own_addresses()
+        return self._own != before
+
+    async def _remove_forbidden(self) -> None:
+        """Remove mappings that policy would refuse now."""
         forbidden = [entry for entry in self._keeper.table.entries()
-                     if entry.mapping.remote.address in own
+                     if entry.mapping.remote.address in self._own
                      or not self._policy.permits(entry.mapping)]
         try:
             removed = await self._keeper.remove(forbidden, lambda _: True)
@@ -210,7 +216,7 @@ class Server:
             await self._keeper.make_room(self._settings.max_mappings)
         except NatError as error:
             log.error("no room for max-mappings %d: %s", self._settings.max_mappings, error)
-        await self._remove_forbidden(self._own)
+        await self._remove_forbidden()
         log.info("reloaded")
 
     async def _status(self, _: dict[str, Any]) -> dict[str, Any]:
