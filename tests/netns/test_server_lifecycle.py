@@ -444,3 +444,26 @@ def test_a_kernel_that_does_not_list_sockets_is_one_line(lab, what):
             "from detour_tools.cli.server import main; main()")
     assert "this kernel does not list its sockets" in fails(lab, command=(_python(), "-c", code))
     assert asking.forwarding(lab.host("detour")) == "0"
+
+
+def test_a_narrower_policy_holds_for_requests_that_wait(lab, start: Start, asker, tmp_path):
+    config = tmp_path / "server.toml"
+    config.write_text('allow-client = ["10.0.0.0/8"]\n')
+    code = ("import asyncio; from detour_tools.server.requests import Requests\n"
+            "serve = Requests.serve\n"
+            "async def late(self):\n"
+            "    await asyncio.sleep(2)\n"
+            "    await serve(self)\n"
+            "Requests.serve = late\n"
+            "from detour_tools.cli.server import main; main()")
+    detour = lab.host("detour")
+    server = start(detour, [_python(), "-c", code, "--config", config, *PRIVATE])
+    server.wait_line("serving")
+    asker.send_request("10.0.3.2:80", 80)
+    asking.in_time("it waits", (asking.status(detour)["requests"]["received"]
+                                for _ in range(999)))
+    config.write_text('allow-client = ["10.0.2.0/23", "10.0.4.0/22"]\n')
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_line("reloaded$")
+    assert Asker(lab.host("r1"), detour.address).ask("10.0.3.2:80", 80) == 80
+    assert [client for client, _, _ in mappings(detour) if client == "10.0.1.1"] == []

@@ -89,6 +89,10 @@ class Requests:
         if self._queue:
             self._waiting.set()
 
+    def forget(self) -> None:
+        """Drop what was let in by an older policy and still waits: clients ask again."""
+        self._queue.clear()
+
     async def serve(self) -> None:
         """Serve what is queued, for ever."""
         while True:

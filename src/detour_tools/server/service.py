@@ -198,6 +198,7 @@ class Server:
             await self._reload()
 
     async def _reload(self) -> None:
+        assert self._requests is not None  # noqa: S101 - made by run()
         try:
             fresh = self._load()
         except UserError as error:
@@ -212,6 +213,7 @@ class Server:
         self._settings = dataclasses.replace(
             old, **{name: getattr(fresh, name) for name in RELOADABLE})
         self._policy.set_rules(self._settings.rules)
+        self._requests.forget()
         try:
             await self._keeper.make_room(self._settings.max_mappings)
         except NatError as error:
