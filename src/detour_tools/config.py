@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 from detour_tools.endpoint import Network
 from detour_tools.errors import UserError
 
-__all__ = ["Network", "load"]
-
 Settings = TypeVar("Settings")
 
 

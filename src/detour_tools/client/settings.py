@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from detour_tools.config import Network
+from detour_tools.endpoint import Network
 
 Preference = Literal["rtt", "order"]
 

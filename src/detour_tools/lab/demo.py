@@ -90,10 +90,14 @@ def _need_programs() -> None:
 
 
 def _need_folder(output: Path) -> None:
+    """See, before all the work, that there is a place for its fruits; leaves nothing."""
+    was_there = output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
+        if not was_there:
+            output.rmdir()
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}", "see --output") from None
 
