@@ -86,8 +86,6 @@ def _convert(wanted: Any, value: Any, where: str) -> Any:
         wanted = next(a for a in typing.get_args(wanted) if a is not type(None))
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if wanted is Path and isinstance(value, str):
-        return Path(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
         raise UserError(f"{where}: must be {names.get(wanted, wanted.__name__)}", status=2)

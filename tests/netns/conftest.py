@@ -19,12 +19,18 @@ from detour_tools.lab.captures import Capture
 from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Host, Lab
 from detour_tools.lab.topology import Topology, reference_topology
+from tests.netns.asking import Asker
 
 MakeLab = Callable[..., Lab]
 StartServer = Callable[..., Daemon]
 StartClient = Callable[..., Daemon]
 StartCapture = Callable[..., Capture]
 Start = Callable[..., Daemon]
+
+Serve = Callable[..., Daemon]
+
+# The lab's server has a private address.
+PRIVATE = ("--allow-remote", "10.0.0.0/8")
 
 _numbers = itertools.count()
 
@@ -105,11 +111,31 @@ def start_server(start: Start) -> StartServer:
     The lab's server has a private address, so unless ``arguments`` are given, that is allowed.
     """
     def run(host: Host, *arguments: object) -> Daemon:
-        daemon = start(host, ["detour-server", *(arguments or ("--allow-remote", "10.0.0.0/8"))])
+        daemon = start(host, ["detour-server", *(arguments or PRIVATE)])
         daemon.wait_control_socket()
         return daemon
 
     return run
+
+
+@pytest.fixture(params=["nftables", "iptables"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each NAT back end in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def serve(lab: Lab, start_server: StartServer, backend: str) -> Serve:
+    """Run ``detour-server`` with that back end: ``serve("--rate", 5)``."""
+    def run(*arguments: object, backend: str = backend) -> Daemon:
+        return start_server(lab.host("detour"), "--backend", backend, *PRIVATE, *arguments)
+    return run
+
+
+@pytest.fixture
+def asker(lab: Lab) -> Asker:
+    """Asks the detour from the client."""
+    return Asker(lab.host("client"), lab.host("detour").address)
 
 
 @pytest.fixture

@@ -8,9 +8,7 @@ import pytest
 from detour_tools.lab.network import Host, Lab
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI
-from tests.netns.conftest import StartServer
-
-PRIVATE = ("--allow-remote", "10.0.0.0/8")
+from tests.netns.conftest import PRIVATE, StartServer
 
 FOREIGN_NFT = """
 table ip nat {
@@ -35,11 +33,6 @@ FOREIGN_LEGACY = (
     ("nat", "-A", "POSTROUTING", "-s", "192.168.78.0/24", "-j", "MASQUERADE"),
     ("filter", "-A", "INPUT", "-s", "192.0.2.3", "-j", "DROP"),
 )
-
-
-@pytest.fixture(params=["nftables", "iptables"])
-def backend(request) -> str:
-    return request.param
 
 
 def add_foreign_rules(host: Host) -> None:

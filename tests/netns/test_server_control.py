@@ -4,34 +4,16 @@
 import json
 import re
 import stat
-from collections.abc import Callable
 
 import pytest
 
 from detour_tools import control
 from detour_tools.lab import namespaces
-from detour_tools.lab.daemons import Daemon
-from detour_tools.lab.network import Lab
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
-from tests.netns.conftest import StartServer
+from tests.netns.conftest import PRIVATE
 
-PRIVATE = ("--allow-remote", "10.0.0.0/8")
 AS_NOBODY = ("setpriv", "--reuid=65534", "--clear-groups")
-
-Serve = Callable[..., Daemon]
-
-
-@pytest.fixture(params=["nftables", "iptables"])
-def backend(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def serve(lab: Lab, start_server: StartServer, backend: str) -> Serve:
-    def run(*arguments: object) -> Daemon:
-        return start_server(lab.host("detour"), "--backend", backend, *PRIVATE, *arguments)
-    return run
 
 
 def test_flush_cuts_the_flows_of_what_it_removes(lab, serve, backend):

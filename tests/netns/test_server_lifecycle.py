@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,32 +15,10 @@ import pytest
 from detour_tools import runtime
 from detour_tools.conntrack import Conntrack
 from detour_tools.lab import namespaces
-from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Lab, environment
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
-from tests.netns.conftest import Start, StartServer
-
-PRIVATE = ("--allow-remote", "10.0.0.0/8")
-
-Serve = Callable[..., Daemon]
-
-
-@pytest.fixture(params=["nftables", "iptables"])
-def backend(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def serve(lab: Lab, start_server: StartServer, backend: str) -> Serve:
-    def run(*arguments: object, backend: str = backend) -> Daemon:
-        return start_server(lab.host("detour"), "--backend", backend, *PRIVATE, *arguments)
-    return run
-
-
-@pytest.fixture
-def asker(lab: Lab) -> Asker:
-    return Asker(lab.host("client"), lab.host("detour").address)
+from tests.netns.conftest import PRIVATE, Start
 
 
 @pytest.fixture

@@ -5,38 +5,14 @@ import contextlib
 import errno
 import signal
 import socket
-from collections.abc import Callable
 
 import pytest
 
 from detour_tools.lab import namespaces
-from detour_tools.lab.daemons import Daemon
-from detour_tools.lab.network import Lab
 from tests.netns import asking
 from tests.netns.asking import SENTINEL, Asker, Flow, WhoAmI, kernel_mappings, listening, mappings
-from tests.netns.conftest import StartServer
 
-PRIVATE = ("--allow-remote", "10.0.0.0/8")
 IPPROTO_MPTCP = 262
-
-Serve = Callable[..., Daemon]
-
-
-@pytest.fixture(params=["nftables", "iptables"])
-def backend(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def serve(lab: Lab, start_server: StartServer, backend: str) -> Serve:
-    def run(*arguments: object) -> Daemon:
-        return start_server(lab.host("detour"), "--backend", backend, *PRIVATE, *arguments)
-    return run
-
-
-@pytest.fixture
-def asker(lab: Lab) -> Asker:
-    return Asker(lab.host("client"), lab.host("detour").address)
 
 
 def test_transcript(lab, serve, asker):

@@ -39,8 +39,8 @@ def check_host(detours: tuple[str, ...], remote: Endpoint) -> Iterator[Finding]:
     yield _socket()
     yield _path_manager()
     yield _socket_listing()
-    yield Finding("privileges", runtime.has_capability("CAP_NET_ADMIN"),
-                  "CAP_NET_ADMIN is there" if runtime.has_capability("CAP_NET_ADMIN")
+    privileged = runtime.has_capability("CAP_NET_ADMIN")
+    yield Finding("privileges", privileged, "CAP_NET_ADMIN is there" if privileged
                   else "CAP_NET_ADMIN is missing: the daemon cannot run",
                   "run it as root, or with sudo")
     yield _tool("mptcpize", "runs unmodified programs over MPTCP", "apt install mptcpize")
