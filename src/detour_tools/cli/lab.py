@@ -3,8 +3,10 @@
 
 import argparse
 import os
+import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +17,7 @@ from detour_tools.cli import common
 from detour_tools.errors import UserError
 
 try:
-    from detour_tools.lab import demo, graph, network, state
+    from detour_tools.lab import demo, graph, network, session, state, vm, vmlab
 except ModuleNotFoundError as error:
     sys.exit(f"detour-lab: missing: the Python package {error.name} "
              "(install detour-tools[lab], or use 'make venv')")
@@ -37,6 +39,29 @@ examples:
   detour-lab exec client -- bash                a shell on the client
   detour-lab down                               end its programs, remove everything
   detour-lab demo                               all of it by itself, with pictures
+  detour-lab vm                                 a shell on a kernel of our own, in a VM
+"""
+
+_VM_DESCRIPTION = """\
+Boot a kernel in a virtual machine on this machine's own files, and run a command there, or a
+shell. Output, errors and exit status are the command's own; when it ends, so does the VM.
+
+The VM sees all files of this machine as they are, and what it changes is forgotten with it; only
+in the folders named with --rw is really written. /run is empty. Each --bridge gives it a NIC in
+that bridge, with an address by DHCP."""
+
+_VM_EPILOG = """\
+examples:
+  detour-lab vm                                     a shell; Ctrl-D ends it
+  detour-lab vm -- uname -r                         the kernel that 'make kernel' built
+  detour-lab vm --kernel ./bzImage -- dmesg
+  detour-lab vm --bridge br0 -- ip address          a NIC, and the address it got
+  detour-lab vm --rw . -- sh -c 'dmesg >log'        leave a file here
+  detour-lab vm --append 'dyndbg="file net/mptcp/* +p"'
+  detour-lab vm --memory 4G --timeout 60 -- make check
+  ip netns exec lab-client detour-lab vm --bridge br0      a bridge of a host of the lab
+
+exit status: the command's; 124 after --timeout, 125 and more as of a shell, 1 when the VM fails
 """
 
 
@@ -66,6 +91,10 @@ def _parser() -> common.Parser:
                              description="Build the lab; fine when it is already up just so.")
     up.set_defaults(call=_up)
     _add_topology_options(up)
+    up.add_argument("--vm", action="store_true",
+                    help="in a VM, on a kernel with netem; 'exec', 'status' and 'down' reach it, "
+                         "and 'exec vm' is the VM itself")
+    _add_vm_options(up)
 
     down = commands.add_parser(
         "down", help="remove the lab and end its programs",
@@ -101,7 +130,57 @@ def _parser() -> common.Parser:
     show.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR",
                       help="where pictures, captures and results go (default: %(default)s)")
     show.set_defaults(call=_demo)
+
+    machine = commands.add_parser(
+        "vm", help="run a command, or a shell, on a kernel of our own in a VM",
+        usage="detour-lab vm [options] [-- COMMAND...]", description=_VM_DESCRIPTION,
+        epilog=_VM_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    machine.add_argument("--bridge", action="append", default=[], metavar="BR",
+                         help="a NIC in this bridge of the network namespace the command is "
+                              "called in (repeatable: eth0, eth1, ...)")
+    _add_vm_options(machine)
+    machine.add_argument("--rw", action="append", default=[], type=Path, metavar="DIR",
+                         help="let the VM write to this folder (repeatable)")
+    machine.add_argument("--timeout", type=common.number(1, 1e6), metavar="SECONDS",
+                         help="end the VM after this time, with status 124")
+    machine.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND",
+                         help="what to run (default: your shell)")
+    machine.set_defaults(call=_vm)
     return top
+
+
+def _add_vm_options(target: argparse.ArgumentParser) -> None:
+    target.add_argument("--kernel", type=Path, metavar="IMAGE",
+                        help="the kernel's bzImage (default: what 'make kernel' built last)")
+    target.add_argument("--cpus", type=common.whole_number(1, 64), metavar="N",
+                        help="CPUs of the VM (default: 2)")
+    target.add_argument("--memory", type=_memory, metavar="M",
+                        help="its memory in MiB, or in GiB such as 2G (default: 1024)")
+    target.add_argument("--append", action="append", metavar="PARAMETER",
+                        help="a parameter for the kernel's command line (repeatable)")
+    target.add_argument("--no-kvm", action="store_true",
+                        help="emulate the CPU even where it could run the VM itself")
+
+
+def _memory(text: str) -> int:
+    found = re.fullmatch(r"(\d+)([MG]?)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is not MiB such as 1024, or GiB such as 2G")
+    return common.whole_number(128, 1 << 20)(
+        str(int(found[1]) * (1024 if found[2] == "G" else 1)))
+
+
+def _vm_settings(arguments: argparse.Namespace) -> vm.Settings:
+    for text in arguments.append or ():
+        if text in {"--", ""} or "\n" in text or text.startswith(("init=", "root=")):
+            raise UserError(f"--append '{text}' would keep the VM from booting", status=2)
+    chosen = {name: value for name in ("cpus", "memory")
+              if (value := getattr(arguments, name)) is not None}
+    return vm.Settings(
+        arguments.kernel or vm.default_kernel(), bridges=tuple(getattr(arguments, "bridge", ())),
+        writable=tuple(getattr(arguments, "rw", ())), append=tuple(arguments.append or ()),
+        accelerate=not arguments.no_kvm, **chosen)
 
 
 def _add_topology_options(target: argparse.ArgumentParser) -> None:
@@ -134,6 +213,14 @@ def _topology(arguments: argparse.Namespace) -> Topology:
 
 
 def _up(arguments: argparse.Namespace) -> None:
+    if arguments.vm:
+        _up_in_vm(arguments)
+        return
+    given = [option for option in ("kernel", "cpus", "memory", "append", "no_kvm")
+             if getattr(arguments, option)]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} is for a lab in a VM", "add --vm",
+                        status=2)
     lab = network.Lab(_topology(arguments), arguments.name)
     built = lab.up()
     print(f"the lab '{lab.name}' {'is up' if built else 'was up already'}: {lab.topology.title}")
@@ -142,15 +229,69 @@ def _up(arguments: argparse.Namespace) -> None:
         print(f"note: {network.NO_NETEM}")
 
 
+def _up_in_vm(arguments: argparse.Namespace) -> None:
+    lab = vmlab.VmLab(_topology(arguments), arguments.name)
+    with vm.ended_by_signals():
+        built = lab.up(_vm_settings(arguments), _topology_options(arguments))
+    print(f"the lab '{lab.name}' {'is up' if built else 'was up already'} in a VM: "
+          f"{lab.topology.title}")
+    _print_drawing(lab.topology, frozenset())
+
+
+def _topology_options(arguments: argparse.Namespace) -> list[str]:
+    options = ["--config", arguments.config, "--l2-loss", str(arguments.l2_loss),
+               "--detours", str(arguments.detours)]
+    if arguments.l2_delay is not None:
+        options += ["--l2-delay", str(arguments.l2_delay)]
+    for link, rate in arguments.rate:
+        options += ["--rate", f"{link}={rate}"]
+    return options
+
+
+def _in_vm(arguments: argparse.Namespace, *command: str) -> int | None:
+    """Run this program's command in the lab's VM; None when the lab is not in a VM."""
+    network.need_root()
+    lab = vmlab.VmLab.attach(arguments.name)
+    if lab is None:
+        return None
+    return session.attach(lab.machine.folder, ["detour-lab", "--name", lab.name, *command],
+                          env=network.environment())
+
+
+def _vm(arguments: argparse.Namespace) -> int:
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    settings = _vm_settings(arguments)
+    if command and shutil.which(command[0], path=network.search_path()) is None:
+        raise UserError(f"there is no command '{command[0]}'", status=127)
+    deadline = None if arguments.timeout is None else time.monotonic() + arguments.timeout
+
+    def check() -> None:
+        if deadline is not None and time.monotonic() > deadline:
+            raise UserError(f"the VM was ended after {arguments.timeout:g} s", status=124)
+
+    with vm.ended_by_signals(), vm.Machine.start(settings) as machine:
+        return session.attach(
+            machine.folder, command or [os.environ.get("SHELL") or "/bin/sh"],
+            env=network.environment(), on_turn=check,
+            on_note=lambda note: print(f"detour-lab: note: {note}", file=sys.stderr))
+
+
 def _down(arguments: argparse.Namespace) -> None:
+    vm.remove_leftovers()
     known = state.load(arguments.name)
+    if known is not None and known.vm:
+        vmlab.VmLab(known.topology, arguments.name).down()
+        print(f"the lab '{arguments.name}' is down")
+        return
     topology = known.topology if known else reference_topology()
     network.Lab(topology, arguments.name).down()
     print(f"the lab '{arguments.name}' is down")
 
 
-def _status(arguments: argparse.Namespace) -> None:
-    network.need_root()
+def _status(arguments: argparse.Namespace) -> int | None:
+    status = _in_vm(arguments, "status", *(["--json"] if arguments.json else []))
+    if status is not None:
+        return status
     lab = network.Lab.attach(arguments.name)
     hosts = [{
         "name": host.name,
@@ -173,13 +314,14 @@ def _status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         common.print_json({"name": lab.name, "title": lab.topology.title, "netem": lab.netem,
                            "hosts": hosts, "links": links})
-        return
+        return None
     print(f"the lab '{lab.name}' is up: {lab.topology.title}")
     console = Console(highlight=False)
     console.print(_host_table(hosts))
     console.print(_link_table(lab, links))
     if not lab.netem:
         print(f"note: {network.NO_NETEM}")
+    return None
 
 
 def _host_table(hosts: list[dict[str, Any]]) -> Table:
@@ -202,21 +344,30 @@ def _link_table(lab: network.Lab, links: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _exec(arguments: argparse.Namespace) -> None:
+def _exec(arguments: argparse.Namespace) -> int:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         raise UserError("no command given", "detour-lab exec HOST -- COMMAND...", status=2)
+    program = command[0]
     network.need_root()
-    host = network.Lab.attach(arguments.name).host(arguments.host)
-    if shutil.which(command[0], path=network.search_path()) is None:
-        raise UserError(f"there is no command '{command[0]}'", status=127)
+    inner = vmlab.VmLab.attach(arguments.name)
+    if inner is not None:
+        command = vmlab.inside_vm(inner.namespace(arguments.host), command)
+    else:
+        host = network.Lab.attach(arguments.name).host(arguments.host)
+    if shutil.which(program, path=network.search_path()) is None:
+        raise UserError(f"there is no command '{program}'", status=127)
+    if inner is not None:
+        return session.attach(inner.machine.folder, command, env=network.environment())
     # Replacing this process leaves exit status, terminal and signals to the command itself.
     argv = host.argv(command)
     os.execvpe(argv[0], argv, network.environment())  # noqa: S606
 
 
-def _graph(arguments: argparse.Namespace) -> None:
+def _graph(arguments: argparse.Namespace) -> int | None:
     known = state.load(arguments.name)
+    if known is not None and known.complete and known.vm:
+        return _in_vm(arguments, "graph")
     if known is None or not known.complete:
         topology = _topology(arguments)
         print(f"(the lab '{arguments.name}' is not up; this is what 'up' would build)")
@@ -227,6 +378,7 @@ def _graph(arguments: argparse.Namespace) -> None:
         topology = lab.topology
         cut = lab.cut_links()
     _print_drawing(topology, cut)
+    return None
 
 
 def _print_drawing(topology: Topology, cut: frozenset[str]) -> None:

@@ -6,26 +6,19 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
-import signal
-import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final, Self
-
-from rich.console import Console
-from rich.markup import escape
+from typing import Final
 
 from detour_tools import control
 from detour_tools.errors import UserError
 from detour_tools.lab import graph, namespaces, state, transfers
 from detour_tools.lab.captures import Capture
 from detour_tools.lab.daemons import Daemon
-from detour_tools.lab.network import NO_NETEM, Host, Lab, need_root, search_path
+from detour_tools.lab.network import NO_NETEM, Lab, need_root, search_path
 from detour_tools.lab.results import TITLES, Results, Way
+from detour_tools.lab.story import Signals, Story, hand_over, need_folder
 from detour_tools.lab.topology import reference_topology
 
 FILE_BYTES: Final = 8_000_000
@@ -36,8 +29,6 @@ _TOOLS: Final = {"ip": "iproute2", "curl": "curl", "iperf3": "iperf3", "tcpdump"
 # The TCP header with all its options fits; payload is of no interest.
 _SNAPLEN: Final = 96
 _TELL_SECONDS: Final = 1.0
-_STAMP = re.compile(r"^\d\d:\d\d:\d\d\.\d+ ")
-_COLOURS: Final = {"client": "cyan", "detour": "yellow", "server": "magenta"}
 
 
 def run(output: Path, name: str) -> int:
@@ -47,14 +38,14 @@ def run(output: Path, name: str) -> int:
     """
     need_root()
     _need_programs()
-    _need_folder(output)
+    need_folder(output)
     try:
         lock = contextlib.ExitStack()
         lock.enter_context(state.locked(f"{name}.demo", wait=False))
     except BlockingIOError:
         raise UserError(f"a demo is running on the lab '{name}' already") from None
-    with lock, _Signals() as signals:
-        story = _Story(signals)
+    with lock, Signals() as signals:
+        story = Story(signals)
         lab = Lab(reference_topology(), name)
         if state.load(name) is not None:
             story.note(f"removing the lab '{name}' that a demo before left")
@@ -89,92 +80,10 @@ def _need_programs() -> None:
                         "install detour-tools[lab], or use 'make venv'")
 
 
-def _need_folder(output: Path) -> None:
-    """See, before all the work, that there is a place for its fruits; leaves nothing."""
-    was_there = output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-        if not was_there:
-            output.rmdir()
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}", "see --output") from None
-
-
-class _Signals:
-    """Takes SIGINT, SIGTERM and SIGHUP while it is entered; check() acts on them.
-
-    An exception out of a signal handler can come anywhere, also where Python swallows it or in
-    the middle of the clean-up. So the handler only takes note.
-    """
-
-    def __init__(self) -> None:
-        self._caught: int | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum: int, _frame: FrameType | None) -> None:
-        self._caught = self._caught or signum
-
-    def check(self) -> None:
-        """Raise what ends the program, if a signal has come."""
-        if self._caught == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self._caught is not None:
-            raise SystemExit(128 + self._caught)
-
-
-class _Story:
-    """Prints what happens, with the seconds since the start and the host it happens on.
-
-    Headings and notes are also where a signal takes effect.
-    """
-
-    def __init__(self, signals: _Signals) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.signals = signals
-        self.quiet = False
-        self._started = time.monotonic()
-
-    def heading(self, text: str) -> None:
-        self.signals.check()
-        self.console.print(f"\n[bold]{escape(text)}[/bold]")
-
-    def note(self, text: str) -> None:
-        self.signals.check()
-        self.console.print(escape(text))
-
-    def last_words(self, text: str) -> None:
-        """A note that nothing can keep back, not even a terminal that is gone."""
-        with contextlib.suppress(OSError):
-            self.console.print(escape(text))
-
-    def line(self, host: str, text: str) -> None:
-        """One thing that happened on ``host``."""
-        if not self.quiet:
-            elapsed = time.monotonic() - self._started
-            self.console.print(f"{elapsed:6.2f} s  [{_COLOURS[host]}]{host:6}[/]  {escape(text)}")
-
-    def follow(self, host: Host, command: Sequence[object]) -> Daemon:
-        """Start a program in the background and tell what it says."""
-        self.line(host.name, "$ " + " ".join(map(str, command)))
-        return Daemon(host, command,
-                      lambda line: self.line(host.name, _STAMP.sub("", line)))
-
-
 class _Demo:
     """One run, on a lab that is not up yet."""
 
-    def __init__(self, lab: Lab, story: _Story) -> None:
+    def __init__(self, lab: Lab, story: Story) -> None:
         self._lab = lab
         self._story = story
         self._client, self._detour, self._server = (
@@ -296,13 +205,3 @@ class _Demo:
             self._story.line("client", f"{direction}: " + ", ".join(
                 f"{count / 1e6:.1f} MB {path}" for path, count in sorted(
                     totals.items(), reverse=True)))
-
-
-def hand_over(output: Path) -> None:
-    """Give what was written to the user who ran sudo."""
-    try:
-        uid, gid = int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"])
-    except (KeyError, ValueError):
-        return
-    for path in (output, *output.iterdir()):
-        os.chown(path, uid, gid, follow_symlinks=False)

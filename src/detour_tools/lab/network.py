@@ -94,7 +94,7 @@ class Lab:
         """The lab that is up under this name; raises UserError when there is none."""
         state.check_name(name)
         known = state.load(name)
-        if known is None or not known.complete:
+        if known is None or not known.complete or known.vm:
             others = [each for each in state.names() if each != name]
             hint = "start it: detour-lab " + ("" if name == DEFAULT_NAME else f"--name {name} ")
             raise UserError(f"the lab '{name}' is not up", hint + "up" + (
@@ -115,6 +115,9 @@ class Lab:
         need_root()
         with state.locked(self.name):
             known = state.load(self.name)
+            if known is not None and known.vm:
+                raise UserError(f"the lab '{self.name}' is already up, in a VM",
+                                "take it down first, or use --name")
             if known is not None and known.complete and self._whole(known.topology):
                 if known.topology != self.topology:
                     raise UserError(

@@ -26,11 +26,12 @@ _HOST = re.compile(r"(client|server|detour\d*|r\d+)")
 
 @dataclass(frozen=True)
 class State:
-    """A lab as it was asked for; ``complete`` once ``up`` went through."""
+    """A lab as it was asked for; ``complete`` once ``up`` went through, ``vm`` when in a VM."""
 
     topology: Topology
     complete: bool
     netem: bool = False
+    vm: bool = False
 
 
 def folder(name: str) -> Path:
@@ -60,7 +61,7 @@ def load(name: str) -> State | None:
     try:
         data = json.loads(path(name).read_text(encoding="utf-8"))
         return State(Topology.from_json(data["topology"]), bool(data["complete"]),
-                     bool(data["netem"]))
+                     bool(data["netem"]), bool(data.get("vm", False)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -69,7 +70,8 @@ def save(name: str, state: State) -> None:
     """Remember the lab."""
     temporary = path(name).with_suffix(".new")
     temporary.write_text(json.dumps({
-        "complete": state.complete, "netem": state.netem, "topology": state.topology.to_json(),
+        "complete": state.complete, "netem": state.netem, "vm": state.vm,
+        "topology": state.topology.to_json(),
     }, indent=1), encoding="utf-8")
     os.replace(temporary, path(name))
 

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How a run that tells what it does is told, interrupted, and its fruits handed over."""
+
+import contextlib
+import os
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, Self
+
+from rich.console import Console
+from rich.markup import escape
+
+from detour_tools.errors import UserError
+from detour_tools.lab.daemons import Daemon
+from detour_tools.lab.network import Host
+
+_STAMP = re.compile(r"^\d\d:\d\d:\d\d\.\d+ ")
+_COLOURS: Final = {"client": "cyan", "detour": "yellow", "server": "magenta"}
+
+
+def need_folder(output: Path) -> None:
+    """See, before all the work, that there is a place for its fruits; leaves nothing."""
+    was_there = output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+        if not was_there:
+            output.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}", "see --output") from None
+
+
+class Signals:
+    """Takes SIGINT, SIGTERM and SIGHUP while it is entered; check() acts on them.
+
+    An exception out of a signal handler can come anywhere, also where Python swallows it or in
+    the middle of the clean-up. So the handler only takes note.
+    """
+
+    def __init__(self) -> None:
+        self._caught: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _frame: FrameType | None) -> None:
+        self._caught = self._caught or signum
+
+    def check(self) -> None:
+        """Raise what ends the program, if a signal has come."""
+        if self._caught == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._caught is not None:
+            raise SystemExit(128 + self._caught)
+
+
+class Story:
+    """Prints what happens, with the seconds since the start and the host it happens on.
+
+    Headings and notes are also where a signal takes effect.
+    """
+
+    def __init__(self, signals: Signals) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.signals = signals
+        self.quiet = False
+        self._started = time.monotonic()
+
+    def heading(self, text: str) -> None:
+        """What comes next."""
+        self.signals.check()
+        self.console.print(f"\n[bold]{escape(text)}[/bold]")
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self.signals.check()
+        self.console.print(escape(text))
+
+    def last_words(self, text: str) -> None:
+        """A note that nothing can keep back, not even a terminal that is gone."""
+        with contextlib.suppress(OSError):
+            self.console.print(escape(text))
+
+    def line(self, host: str, text: str) -> None:
+        """One thing that happened on ``host``."""
+        if not self.quiet:
+            elapsed = time.monotonic() - self._started
+            self.console.print(f"{elapsed:6.2f} s  [{_COLOURS[host]}]{host:6}[/]  {escape(text)}")
+
+    def follow(self, host: Host, command: Sequence[object]) -> Daemon:
+        """Start a program in the background and tell what it says."""
+        self.line(host.name, "$ " + " ".join(map(str, command)))
+        return Daemon(host, command,
+                      lambda line: self.line(host.name, _STAMP.sub("", line)))
+
+
+def hand_over(output: Path) -> None:
+    """Give what was written to the user who ran sudo."""
+    try:
+        uid, gid = int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"])
+    except (KeyError, ValueError):
+        return
+    for path in (output, *output.iterdir()):
+        os.chown(path, uid, gid, follow_symlinks=False)
