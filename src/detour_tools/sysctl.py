@@ -8,7 +8,7 @@ it at its next start and puts the right value back in the end.
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from detour_tools.errors import UserError
@@ -80,17 +80,32 @@ class BorrowedSysctls:
         self._save()
         write(name, value)
 
+    def hold(self, wanted: Mapping[str, str]) -> None:
+        """Set these, and put back what a program that was killed had set besides.
+
+        Raises UserError.
+        """
+        for name in self._borrowed.keys() - wanted.keys():
+            self._put_back(name, *self._borrowed.pop(name))
+            self._save()
+        for name, value in wanted.items():
+            self.set(name, value)
+
     def restore(self) -> None:
         """Put everything back, except what somebody else has changed since."""
         for name, (was, ours) in self._borrowed.items():
-            current = read(name)
-            if current == ours and current != was:
-                try:
-                    write(name, was)
-                except UserError as error:
-                    log.error("%s stays %s: %s", name, ours, error)
+            self._put_back(name, was, ours)
         self._borrowed = {}
         self._journal.unlink(missing_ok=True)
+
+    @staticmethod
+    def _put_back(name: str, was: str, ours: str) -> None:
+        current = read(name)
+        if current == ours and current != was:
+            try:
+                write(name, was)
+            except UserError as error:
+                log.error("%s stays %s: %s", name, ours, error)
 
     def _save(self) -> None:
         temporary = self._journal.with_suffix(".new")

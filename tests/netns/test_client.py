@@ -242,7 +242,7 @@ def test_lost_events_lead_to_a_fresh_look(lab, sink, start, start_server, hold):
     client = lab.host("client")
     sink(lab.host("server"))
     start_server(lab.host("detour"))
-    small = ("from detour_tools.pathmanager import userspace; userspace._RECEIVE_BUFFER = 8192;"
+    small = ("from detour_tools.pathmanager import events; events.RECEIVE_BUFFER = 8192;"
              "from detour_tools.cli.client import main; main()")
     daemon = start(client, [sys.executable, "-c", small, "daemon", "detour"])
     daemon.wait_line("ready")

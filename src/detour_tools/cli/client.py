@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """detour-client: opens further subflows of this host's MPTCP connections through detours."""
 
-import argparse
-import asyncio
 import sys
-import time
-from pathlib import Path
-from typing import NoReturn
 
-from rich.console import Console
-from rich.live import Live
+try:
+    import argparse
+    import asyncio
+    import time
+    from pathlib import Path
+    from typing import NoReturn
 
-from detour_tools import config, control, log, mproxy
-from detour_tools.cli import common
-from detour_tools.client.check import check_host
-from detour_tools.client.request import request_mapping, resolve, resolve_detours
-from detour_tools.client.service import PROGRAM, ClientService
-from detour_tools.client.settings import ClientSettings
-from detour_tools.client.view import render
-from detour_tools.client.wrap import exec_over_mptcp
-from detour_tools.endpoint import parse_endpoint
-from detour_tools.errors import UserError
-from detour_tools.pathmanager.userspace import UserspacePathManager
+    from rich.console import Console
+    from rich.live import Live
+
+    from detour_tools import config, control, log, mproxy
+    from detour_tools.cli import common, netlink
+    from detour_tools.client.check import check_host
+    from detour_tools.client.request import request_mapping, resolve, resolve_detours
+    from detour_tools.client.service import PROGRAM, ClientService
+    from detour_tools.client.settings import ClientSettings
+    from detour_tools.client.view import render
+    from detour_tools.client.wrap import exec_over_mptcp
+    from detour_tools.endpoint import parse_endpoint
+    from detour_tools.errors import UserError
+    from detour_tools.pathmanager.choose import choose
+except KeyboardInterrupt:  # too early for common.run()
+    sys.exit(130)
 
 _EPILOG = """\
 examples:
@@ -30,6 +34,7 @@ examples:
   detour-client run -- curl https://example.com  an unmodified program over MPTCP
   detour-client status --watch                   see the subflows at work
   detour-client request 192.0.2.1 203.0.113.5:80 a mapping by hand, for plain TCP
+  detour-client netlink --help                   the kernel's own path manager, by hand
 """
 
 _DAEMON_EPILOG = """\
@@ -37,8 +42,10 @@ A DETOUR is a name or an IPv4 address of a host that runs detour-server, :PORT i
 45672. Settings may stand in a TOML file (--config), under the options' long names, such as
   detours = ["detour.example.net"]
   max-subflows = 2
-and the command line overrides them. MPTCP connections made before the daemon started keep the
-path manager they were born with. At exit connections keep the subflows they have.
+and the command line overrides them. On the project's own kernel the kernel joins by itself, and
+with --upgrade-tcp programs need no "detour-client run"; on any other the daemon joins. MPTCP
+connections made before the daemon started keep the path manager they were born with. At exit
+connections keep the subflows they have.
 """
 
 
@@ -74,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     daemon.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
     daemon.add_argument("--check-config", action="store_true",
                         help="check the settings and exit: 0 good, 2 not")
+    daemon.add_argument("--path-manager", choices=("auto", "userspace", "kernel"),
+                        help="who joins: this daemon by any kernel's userspace path manager, the "
+                             "project's kernel, or that where it runs (default auto)")
+    daemon.add_argument("--upgrade-tcp", action="store_true", default=None,
+                        help="have the project's kernel make MPTCP sockets of programs' TCP "
+                             "sockets, as long as the daemon runs")
     daemon.add_argument("--max-subflows", type=common.whole_number(1, 8), metavar="N",
                         help="subflows through detours a connection at most (default 2)")
     daemon.add_argument("--prefer", choices=("rtt", "order"),
@@ -107,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
                   "Go programs, which are not dynamically linked, are reached by GODEBUG.")
     run.add_argument("words", nargs=argparse.REMAINDER, metavar="-- CMD...", help="the program")
 
+    by_hand = command("netlink", None, netlink.SUMMARY, netlink.EPILOG)
+    netlink.add_commands(by_hand)
+
     check = command("check", _check, "say whether this host has what is needed, line by line")
     check.add_argument("detours", nargs="*", metavar="DETOUR",
                        help="detours to ask (default: the running daemon's)")
@@ -120,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
 def _daemon(arguments: argparse.Namespace) -> None:
     settings = config.load(ClientSettings, arguments.config, {
         "detours": tuple(arguments.detours) or None,
+        "path_manager": arguments.path_manager,
+        "upgrade_tcp": arguments.upgrade_tcp,
         "max_subflows": arguments.max_subflows,
         "prefer": arguments.prefer,
         "include": None if arguments.include is None else tuple(arguments.include),
@@ -134,7 +152,9 @@ def _daemon(arguments: argparse.Namespace) -> None:
         return
     log.configure(arguments.verbosity)
     detours = resolve_detours(settings.detours)
-    asyncio.run(ClientService(detours, settings, UserspacePathManager()).run())
+    path_manager = choose(settings.path_manager, settings.max_subflows,
+                          upgrade_tcp=settings.upgrade_tcp)
+    asyncio.run(ClientService(detours, settings, path_manager).run())
 
 
 def _request(arguments: argparse.Namespace) -> None:

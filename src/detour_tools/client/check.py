@@ -14,6 +14,7 @@ from detour_tools.errors import UserError
 from detour_tools.netlink.inet_diag import InetDiag
 from detour_tools.netlink.socket import GenericNetlink
 from detour_tools.pathmanager import codec
+from detour_tools.pathmanager.choose import kernel_obstacle
 from detour_tools.pathmanager.userspace import sysctl_setting
 
 _IPPROTO_MPTCP = 262
@@ -38,6 +39,7 @@ def check_host(detours: tuple[str, ...], remote: Endpoint) -> Iterator[Finding]:
     yield _kernel()
     yield _socket()
     yield _path_manager()
+    yield _detour_family()
     yield _socket_listing()
     privileged = runtime.has_capability("CAP_NET_ADMIN")
     yield Finding("privileges", privileged, "CAP_NET_ADMIN is there" if privileged
@@ -90,7 +92,17 @@ def _path_manager() -> Finding:
     current = sysctl.read(name)
     return Finding("path manager", True,
                    f"the userspace one is there ({name} is {current}"
-                   + (")" if current == value else f"; the daemon sets {value})"))
+                   + (")" if current == value else f"; the daemon may set {value})"))
+
+
+def _detour_family() -> Finding:
+    obstacle = kernel_obstacle()
+    if obstacle is None:
+        return Finding("detour kernel", True,
+                       "the DETOUR family is there: the daemon takes the kernel's path manager")
+    return Finding("detour kernel", False,
+                   f"{obstacle.message}: the daemon takes the userspace one", obstacle.hint,
+                   needed=False)
 
 
 def _socket_listing() -> Finding:

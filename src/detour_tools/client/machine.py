@@ -3,24 +3,34 @@
 
 Every method takes the time (seconds, monotonic) and returns the commands to perform, in order.
 ``deadline()`` says when ``tick()`` wants to be called next.
+
+A path manager that joins by itself is told which detour ports lead where instead of single joins:
+what the machine would join, it offers. The rest is the same for both kinds.
 """
 
 import errno
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 
 from detour_tools import mproxy
 from detour_tools.client.detours import Detour, DetourState, Exchange
+from detour_tools.client.offers import Offering, Offers
 from detour_tools.client.settings import ClientSettings
-from detour_tools.endpoint import Endpoint, IPAddress
+from detour_tools.endpoint import Endpoint
 from detour_tools.pathmanager.base import (
     ConnectionCreated,
     ConnectionEstablished,
+    CreateSubflow,
+    Offer,
+    Offered,
+    PathCommand,
     SubflowClosed,
     SubflowEstablished,
+    Withdraw,
 )
 
 JOIN_PATIENCE = 10.0
@@ -54,23 +64,13 @@ class SendDatagram:
 
 
 @dataclass(frozen=True, slots=True)
-class CreateSubflow:
-    """Join connection ``token`` from ``local`` to ``remote``; ``via`` is None without a detour."""
-
-    token: int
-    local: IPAddress
-    remote: Endpoint
-    via: Endpoint | None
-
-
-@dataclass(frozen=True, slots=True)
 class Note:
     """Tell whoever follows the log."""
 
     text: str
 
 
-Command = SendDatagram | CreateSubflow | Note
+Command = SendDatagram | PathCommand | Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,7 @@ class Path:
     retry_at: float = 0.0
     failures: int = 0  # in a row
     asked_again: bool = False
+    tried: Offering | None = None  # what the path manager joined by, if it does so by itself
 
 
 @dataclass(slots=True)
@@ -117,6 +118,7 @@ class Connection:
 class Counters:
     """What the machine has seen, since it started."""
 
+    detours_wanted: int = 0
     requests: int = 0
     retransmissions: int = 0
     answers: int = 0
@@ -134,7 +136,8 @@ class Machine:
     """Asks detours for mappings and decides which subflows to open."""
 
     def __init__(self, detours: Iterable[Endpoint], settings: ClientSettings,
-                 random: Random) -> None:
+                 random: Random, *, joins_by_itself: bool = False) -> None:
+        """``joins_by_itself``: the path manager does, and wants offers."""
         self.settings = settings
         self.counters = Counters()
         self.detours = [Detour(endpoint, order) for order, endpoint in enumerate(detours)]
@@ -143,8 +146,10 @@ class Machine:
         self._by_endpoint = {detour.endpoint: detour for detour in self.detours}
         self._by_address = {detour.endpoint.address: detour for detour in self.detours}
         self._by_remote: dict[Endpoint, set[int]] = {}
+        self._joins_by_itself = joins_by_itself
+        self._offers = Offers()
         # (when, tie-break, what); what no longer holds is noticed when its time comes.
-        self._timers: list[tuple[float, int, Exchange | Detour | int]] = []
+        self._timers: list[tuple[float, int, Exchange | Detour | Offering | int]] = []
         self._tie_break = itertools.count()
 
     # -- events of the path manager ------------------------------------------------------------
@@ -159,6 +164,33 @@ class Machine:
         connection = self._connection(event, on_link, now)
         connection.established = True
         return list(self._evaluate(connection, now))
+
+    def knows(self, event: ConnectionCreated | ConnectionEstablished) -> bool:
+        """Whether the connection was reported before."""
+        known = self.connections.get(event.token)
+        return known is not None and (known.local, known.remote) == (event.local, event.remote)
+
+    def knows_remote(self, remote: Endpoint) -> bool:
+        """Whether a connection to ``remote`` was reported before."""
+        return remote in self._by_remote
+
+    def wanted(self, remote: Endpoint, on_link: bool, now: float) -> list[Command]:
+        """The path manager would join a connection to ``remote``.
+
+        That is news only when the events of the connection itself were missed.
+        """
+        self.counters.detours_wanted += 1
+        if remote in self._by_remote or self._reason_for_none(remote, False, False, on_link):
+            return []
+        commands: list[Command] = []
+        usable = [detour for detour in self._ranked({}) if self._reaches(detour, remote)]
+        for detour in usable[:self.settings.max_subflows]:
+            port = detour.mapping(remote)
+            if port is not None:
+                commands += self._offer(remote, Endpoint(detour.endpoint.address, port), now)
+            elif (question := self._ask(detour, remote, now)) is not None:
+                commands.append(question)
+        return commands
 
     def closed(self, token: int) -> list[Command]:
         """A connection is gone."""
@@ -186,19 +218,33 @@ class Machine:
         if connection is None:
             return []
         key, path = self._find_path(connection, event.remote)
-        if path is None or path.state == "idle":
+        if path is None:
             return []
+        if path.state == "idle":
+            path.tried = self._offers.get(connection.remote, event.remote.address)
+            if path.tried is None:
+                return []
+            path.since = now  # a join of the path manager's own that we did not count on
         was_up, age = path.state == "up", now - path.since
         path.state = "idle"
         if was_up and age >= SHORT_LIVED:
             self._path_lost(connection, path, age, now)
         else:
             refused_by_server = was_up or event.reset_reason in _SERVER_REFUSALS
-            self._join_refused(connection, key, path, refused_by_server, now)
+            commands = list(self._join_refused(connection, key, path, refused_by_server, now))
             if refused_by_server:
-                return [Note(f"connection {event.token:08x}: the server takes no more subflows"),
-                        *self._evaluate(connection, now)]
+                commands.append(
+                    Note(f"connection {event.token:08x}: the server takes no more subflows"))
+            return [*commands, *self._evaluate(connection, now)]
         return list(self._evaluate(connection, now))
+
+    def failed(self, command: PathCommand, code: int, now: float) -> list[Command]:
+        """The kernel did not do what it was told (``code`` is an errno)."""
+        if isinstance(command, CreateSubflow):
+            return self.join_failed(command, code, now)
+        if isinstance(command, Offer):
+            return self.offer_failed(command, now)
+        return []
 
     def join_failed(self, command: CreateSubflow, code: int, now: float) -> list[Command]:
         """The kernel did not send a join (``code`` is an errno)."""
@@ -217,13 +263,31 @@ class Machine:
         self._retry_later(connection, path, now)
         return list(self._evaluate(connection, now))
 
-    def resynchronise(self, found: Iterable[Snapshot], now: float) -> list[Command]:
-        """Take over the connections as they stand in the kernel; all others are gone."""
+    def offer_failed(self, command: Offer, now: float) -> list[Command]:
+        """The path manager did not take an offer."""
+        offering = self._offers.get(command.remote, command.detour.address)
+        if offering is None:
+            return []
+        self._offers.remove(offering)
+        for token in self._by_remote.get(command.remote, ()):
+            for path in self.connections[token].paths.values():
+                if path.state == "joining" and path.tried is offering:
+                    path.state, path.failures = "idle", path.failures + 1
+                    self._retry_later(self.connections[token], path, now)
+        return []
+
+    def stop(self) -> list[Command]:
+        """The end: what was offered is withdrawn, subflows that were made live on."""
+        return [command for offering in self._offers for command in self._withdraw(offering)]
+
+    def resynchronise(self, found: Iterable[Snapshot], now: float,
+                      offered: Iterable[Offered] = ()) -> list[Command]:
+        """Take over connections and offers as they stand in the kernel; all others are gone."""
         self.counters.resynchronisations += 1
         present = {snapshot.token: snapshot for snapshot in found}
         for token in [token for token in self.connections if token not in present]:
             self._forget(token)
-        commands: list[Command] = []
+        commands: list[Command] = list(self._adopt_offers(offered, now))
         for snapshot in present.values():
             # What the peer said of the C flag is not kept by the kernel; no flag is assumed.
             connection = self._connection(
@@ -231,7 +295,9 @@ class Machine:
                                   snapshot.passive), snapshot.on_link, now)
             connection.established |= snapshot.established
             self._adopt_subflows(connection, snapshot.subflow_remotes, now)
-            commands += self._evaluate(connection, now)
+            self._suppose_tried(connection)
+        for token in present:
+            commands += self._evaluate(self.connections[token], now)
         return commands
 
     # -- datagrams and time --------------------------------------------------------------------
@@ -257,9 +323,14 @@ class Machine:
             return []
         self.counters.answers += 1
         was_down = detour.state == DetourState.DOWN
+        commands: list[Command] = []
+        if detour.mapping(message.remote) != message.detour_port:
+            commands.append(Note(f"detour {detour.endpoint}: port {message.detour_port} leads to "
+                                 f"{message.remote}"))
         detour.answered(exchange, message.detour_port, now)
-        commands: list[Command] = [Note(
-            f"detour {detour.endpoint}: port {message.detour_port} leads to {message.remote}")]
+        if self._joins_by_itself:
+            commands += self._offer(message.remote, Endpoint(source.address, message.detour_port),
+                                    now, confirmed=True)
         if was_down:
             commands.append(Note(f"detour {detour.endpoint} answers again"))
         tokens = set(self.connections) if was_down else self._by_remote.get(message.remote, ())
@@ -280,6 +351,8 @@ class Machine:
                 commands += self._exchange_due(what, now)
             elif isinstance(what, Detour):
                 commands += self._probe_due(what, now)
+            elif isinstance(what, Offering):
+                commands += self._offering_due(what, now)
             elif what in self.connections:
                 commands += self._evaluate(self.connections[what], now)
         return commands
@@ -287,9 +360,8 @@ class Machine:
     def _connection(self, event: ConnectionCreated | ConnectionEstablished, on_link: bool,
                     now: float) -> Connection:
         """The connection of that token: the one known, or a new one where that was another."""
-        known = self.connections.get(event.token)
-        if known is not None and (known.local, known.remote) == (event.local, event.remote):
-            return known
+        if self.knows(event):
+            return self.connections[event.token]
         self._forget(event.token)
         connection = Connection(event.token, event.local, event.remote)
         connection.reason_for_none = self._reason_for_none(
@@ -309,7 +381,7 @@ class Machine:
             return
         direct = connection.paths[Direct]
         if direct.state == "idle" and connection.established and now >= direct.retry_at:
-            yield self._join(connection, Direct, connection.remote, now)
+            yield from self._join(connection, Direct, connection.remote, now)
         wanted = self.settings.max_subflows
         if connection.server_limit is not None:
             if now >= connection.limit_until:
@@ -318,17 +390,15 @@ class Machine:
                 wanted = min(wanted, connection.server_limit)
         wanted -= sum(self._counts(path, now) for key, path in connection.paths.items()
                       if key is not Direct)
-        for detour in self._ranked(connection):
+        for detour in self._ranked(connection.paths):
             if wanted <= 0:
                 return
             path = connection.paths.get(detour)
             if path is not None and (path.state != "idle" or now < path.retry_at):
                 continue
-            if detour.endpoint.address.version != connection.remote.address.version:
+            if not self._reaches(detour, connection.remote):
                 continue
             port = detour.mapping(connection.remote)
-            if detour.state == DetourState.DOWN:
-                continue
             if port is None:
                 question = self._ask(detour, connection.remote, now)
                 if question is not None:
@@ -336,30 +406,46 @@ class Machine:
                 exchange = detour.exchanges.get(connection.remote)
                 # One that was asked twice in vain keeps no other detour waiting.
                 wanted -= exchange is not None and exchange.attempts == 1
-            elif connection.established:
-                yield self._join(connection, detour,
-                                 Endpoint(detour.endpoint.address, port), now)
-                wanted -= 1
             else:
+                here = Endpoint(detour.endpoint.address, port)
+                if connection.established:
+                    yield from self._join(connection, detour, here, now)
+                elif self._joins_by_itself:
+                    yield from self._offer(connection.remote, here, now)
                 wanted -= 1
 
+    @staticmethod
+    def _reaches(detour: Detour, remote: Endpoint) -> bool:
+        return (detour.state != DetourState.DOWN
+                and detour.endpoint.address.version == remote.address.version)
+
     def _join(self, connection: Connection, key: Detour | None, remote: Endpoint,
-              now: float) -> CreateSubflow:
+              now: float) -> Iterator[Command]:
         path = connection.paths.setdefault(key, Path())
+        self._joining(connection, key, path, remote, now)
+        if not self._joins_by_itself:
+            yield CreateSubflow(connection.token, connection.local.address, remote,
+                                None if key is Direct else key.endpoint)
+            return
+        if path.tried is not None and self._offers.stands(path.tried):
+            yield from self._withdraw(path.tried)  # it is tried once; offered again, once more
+        yield from self._offer(connection.remote, remote, now)
+        path.tried = self._offers.get(connection.remote, remote.address)
+
+    def _joining(self, connection: Connection, key: Detour | None, path: Path, remote: Endpoint,
+                 now: float) -> None:
         path.state, path.remote, path.since = "joining", remote, now
         self._set_timer(now + JOIN_PATIENCE, connection.token)
         self.counters.joins += 1
         if key is not Direct:
             key.joins += 1
-        return CreateSubflow(connection.token, connection.local.address, remote,
-                             None if key is Direct else key.endpoint)
 
     def _counts(self, path: Path, now: float) -> bool:
         return path.state == "up" or (
             path.state == "joining" and now - path.since < JOIN_PATIENCE)
 
     def _join_refused(self, connection: Connection, key: Detour | None, path: Path,
-                      by_server: bool, now: float) -> None:
+                      by_server: bool, now: float) -> Iterator[Command]:
         self.counters.joins_refused += 1
         path.failures += 1
         if key is not Direct:
@@ -367,8 +453,9 @@ class Machine:
             if not by_server and not path.asked_again:
                 # The detour may have dropped the mapping that we remembered: ask again, once.
                 path.asked_again = True
-                key.forget(connection.remote)
                 path.retry_at = now
+                if path.tried is None or self._offers.stands(path.tried):
+                    yield from self._drop_mapping(key, connection.remote)
                 return
         if by_server:
             connection.refusals += 1
@@ -417,6 +504,114 @@ class Machine:
             return None, None
         return detour, connection.paths.setdefault(detour, Path())
 
+    # -- offers, to a path manager that joins by itself ----------------------------------------
+
+    @property
+    def _offer_seconds(self) -> int:
+        """How long an offer stands unless the detour confirms it: it may miss it twice."""
+        return math.ceil(3 * self._confirm_seconds) + 10
+
+    @property
+    def _confirm_seconds(self) -> float:
+        """How often a detour is asked again for what stands offered and is in use."""
+        return 2 * self.settings.probe_interval
+
+    def _offer(self, remote: Endpoint, detour: Endpoint, now: float, *,
+               confirmed: bool = False) -> Iterator[Command]:
+        """See to it that an offer stands, and for longer when the detour confirmed it."""
+        offering = self._offers.get(remote, detour.address)
+        if offering is not None and offering.detour != detour:
+            yield from self._withdraw(offering)
+            offering = None
+        if offering is not None and not confirmed and now < offering.until:
+            return
+        if offering is None:
+            offering = Offering(remote, detour, 0.0)
+            surplus = self._offers.add(offering)
+            if surplus is not None:
+                yield Withdraw(surplus.remote, surplus.detour)
+            self._set_timer(now + self._confirm_seconds, offering)
+            self._expect_joins(offering, now)
+        offering.until = now + self._offer_seconds
+        yield Offer(remote, detour, self._offer_seconds)
+
+    def _expect_joins(self, offering: Offering, now: float) -> None:
+        """Connections that tried this offer before it was withdrawn try it again now."""
+        for token in self._by_remote.get(offering.remote, ()):
+            connection = self.connections[token]
+            key, path = self._find_path(connection, offering.detour)
+            if (path is not None and path.state == "idle" and path.tried is not None
+                    and connection.established):
+                self._joining(connection, key, path, offering.detour, now)
+                path.tried = offering
+
+    def _withdraw(self, offering: Offering) -> Iterator[Command]:
+        if self._offers.remove(offering):
+            yield Withdraw(offering.remote, offering.detour)
+
+    def _withdraw_all(self, detour: Detour) -> Iterator[Command]:
+        """Withdraw what a detour that fell silent was offered for."""
+        for offering in self._offers:
+            if offering.detour.address != detour.endpoint.address:
+                continue
+            yield from self._withdraw(offering)
+            for token in self._by_remote.get(offering.remote, ()):
+                path = self.connections[token].paths.get(detour)
+                if path is not None and path.state == "joining":
+                    path.state = "idle"
+
+    def _drop_mapping(self, detour: Detour, remote: Endpoint) -> Iterator[Command]:
+        detour.forget(remote)
+        offering = self._offers.get(remote, detour.endpoint.address)
+        if offering is not None:
+            yield from self._withdraw(offering)
+
+    def _offering_due(self, offering: Offering, now: float) -> Iterator[Command]:
+        """Have an offer confirmed by its detour while somebody uses it; else let it lapse."""
+        if not self._offers.stands(offering):
+            return
+        if now >= offering.until:
+            self._offers.remove(offering)
+            return
+        detour = self._by_address.get(offering.detour.address)
+        if detour is not None and offering.remote in self._by_remote:
+            question = self._ask(detour, offering.remote, now)
+            if question is not None:
+                yield question
+        self._set_timer(min(now + self._confirm_seconds, offering.until), offering)
+
+    def _adopt_offers(self, offered: Iterable[Offered], now: float) -> Iterator[Command]:
+        """Take over what stands offered for our detours; what others offer is left alone."""
+        standing = {(each.remote, each.detour): each for each in offered}
+        for offering in self._offers:
+            if (offering.remote, offering.detour) not in standing:
+                self._offers.remove(offering)
+        for remote, endpoint, lifetime in standing.values():
+            detour = self._by_address.get(endpoint.address)
+            ours = self._offers.get(remote, endpoint.address)
+            if detour is None or (ours is not None and ours.detour == endpoint):
+                continue
+            if (ours is not None or not self._reaches(detour, remote)
+                    or detour.mapping(remote) not in (None, endpoint.port)
+                    or self._reason_for_none(remote, False, False, False)):
+                yield Withdraw(remote, endpoint)
+                continue
+            detour.remember(remote, endpoint.port)
+            offering = Offering(remote, endpoint, now + (lifetime or self._offer_seconds))
+            surplus = self._offers.add(offering)
+            if surplus is not None:
+                yield Withdraw(surplus.remote, surplus.detour)
+            if lifetime is None:
+                yield Offer(remote, endpoint, self._offer_seconds)
+            self._set_timer(now, offering)  # is it still right?
+
+    def _suppose_tried(self, connection: Connection) -> None:
+        """A connection found without a subflow that stands offered has tried it, and lost it."""
+        for detour in self.detours if connection.established else ():
+            offering = self._offers.get(connection.remote, detour.endpoint.address)
+            if offering is not None:
+                connection.paths.setdefault(detour, Path()).tried = offering
+
     def _reason_for_none(self, remote: Endpoint, server_side: bool, deny_join: bool,
                          on_link: bool) -> str:
         address = remote.address
@@ -445,14 +640,14 @@ class Machine:
 
     # -- asking detours ------------------------------------------------------------------------
 
-    def _ranked(self, connection: Connection) -> list[Detour]:
+    def _ranked(self, paths: Mapping[Detour | None, Path]) -> list[Detour]:
         """The detours, best first: those that failed this connection come last."""
         if len(self.detours) < 2:
             return self.detours
         by_rtt = self.settings.prefer == "rtt"
 
         def rank(detour: Detour) -> tuple[int, float, int]:
-            path = connection.paths.get(detour)
+            path = paths.get(detour)
             # One that never answered comes first, so that its round-trip time becomes known.
             return (path.failures if path else 0,
                     (detour.rtt or 0.0) if by_rtt else 0.0, detour.order)
@@ -491,8 +686,10 @@ class Machine:
                 if not was_down:
                     yield Note(f"detour {detour.endpoint} does not answer: does detour-server "
                                "run there, and serve us? See detour-client check")
+                    yield from self._withdraw_all(detour)
                     tokens = self.connections
             elif detour.refuses(exchange.remote, now):
+                yield from self._drop_mapping(detour, exchange.remote)
                 yield Note(f"detour {detour.endpoint} gives no mapping to {exchange.remote}")
                 for token in tokens:
                     self._set_timer(detour.refused_until(exchange.remote), token)
@@ -522,7 +719,7 @@ class Machine:
         if remote is not None:
             yield self._send(detour.begin_probe(remote, now), now)
 
-    def _set_timer(self, when: float, what: Exchange | Detour | int) -> None:
+    def _set_timer(self, when: float, what: Exchange | Detour | Offering | int) -> None:
         heapq.heappush(self._timers, (when, next(self._tie_break), what))
 
 

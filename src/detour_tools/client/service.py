@@ -17,7 +17,6 @@ from typing import Any
 from detour_tools import control, mproxy, runtime, sdnotify
 from detour_tools.client.machine import (
     Command,
-    CreateSubflow,
     Machine,
     Note,
     SendDatagram,
@@ -33,8 +32,12 @@ from detour_tools.pathmanager.base import (
     ConnectionClosed,
     ConnectionCreated,
     ConnectionEstablished,
+    CreateSubflow,
+    DetoursWanted,
     Event,
     EventsLostError,
+    Offer,
+    PathCommand,
     PathManager,
     SubflowClosed,
     SubflowEstablished,
@@ -56,7 +59,8 @@ class ClientService:
     def __init__(self, detours: Iterable[Endpoint], settings: ClientSettings,
                  path_manager: PathManager) -> None:
         self._settings = settings
-        self._machine = Machine(detours, settings, Random())
+        self._machine = Machine(detours, settings, Random(),
+                                joins_by_itself=path_manager.joins_by_itself)
         self._path_manager = path_manager
         self._routes = Routes()
         self._diag = InetDiag()
@@ -83,12 +87,14 @@ class ClientService:
             loop.add_reader(self._path_manager.fileno(), self._guarded(self._on_events))
             loop.add_reader(self._socket.fileno(), self._guarded(self._on_datagrams))
             self._resynchronise()
-            log.info("ready; connections will ask %s", ", ".join(
-                str(detour.endpoint) for detour in self._machine.detours))
+            log.info("ready with the %s path manager; connections will ask %s",
+                     self._path_manager.name, ", ".join(
+                         str(detour.endpoint) for detour in self._machine.detours))
             sdnotify.ready()
             async with sdnotify.watchdog():
                 await self._stopping.wait()
             log.info("stopping; connections keep the subflows they have")
+            self._perform(self._machine.stop())
         finally:
             sdnotify.stopping()
             with contextlib.suppress(ValueError, OSError):
@@ -130,7 +136,12 @@ class ClientService:
                      if connection.reason_for_none else "")
         elif isinstance(event, ConnectionEstablished):
             log.debug("connection %08x established", event.token)
-            commands = machine.established(event, self._is_on_link(event.remote), now)
+            on_link = not machine.knows(event) and self._is_on_link(event.remote)
+            commands = machine.established(event, on_link, now)
+        elif isinstance(event, DetoursWanted):
+            log.debug("the kernel asks for detours to %s", event.remote)
+            on_link = not machine.knows_remote(event.remote) and self._is_on_link(event.remote)
+            commands = machine.wanted(event.remote, on_link, now)
         elif isinstance(event, ConnectionClosed):
             log.info("connection %08x closed", event.token)
             commands = machine.closed(event.token)
@@ -182,7 +193,8 @@ class ClientService:
         ) for connection in self._diag.connections()]
         if found:
             log.info("%d connections found in the kernel", len(found))
-        self._perform(self._machine.resynchronise(found, self._now()))
+        self._perform(self._machine.resynchronise(
+            found, self._now(), self._path_manager.offered()))
         self._set_timer()
 
     def _is_on_link(self, remote: Endpoint) -> bool:
@@ -199,7 +211,7 @@ class ClientService:
             elif isinstance(command, Note):
                 log.info("%s", command.text)
             else:
-                pending += self._create_subflow(command)
+                pending += self._command_path_manager(command)
 
     def _send(self, command: SendDatagram) -> None:
         log.debug("asking %s for a mapping", command.detour)
@@ -209,14 +221,16 @@ class ClientService:
         except OSError as error:  # as good as lost on the way: it is sent again
             self._bounded.warning("send", "cannot send to detour %s: %s", command.detour, error)
 
-    def _create_subflow(self, command: CreateSubflow) -> list[Command]:
+    def _command_path_manager(self, command: PathCommand) -> list[Command]:
         try:
-            self._path_manager.create_subflow(command.token, command.local, command.remote)
+            self._path_manager.perform(command)
         except OSError as error:
-            self._bounded.warning("join", "connection %08x: the kernel did not join %s: %s",
-                                  command.token, command.remote, error.strerror)
-            return self._machine.join_failed(command, error.errno or 0, self._now())
-        log.info("connection %08x joins %s", command.token, command.remote)
+            self._bounded.warning("path manager", "the kernel did not take '%s': %s",
+                                  _told(command), error.strerror)
+            return self._machine.failed(command, error.errno or 0, self._now())
+        level = logging.DEBUG if isinstance(command, Offer) else logging.INFO
+        if log.isEnabledFor(level):
+            log.log(level, "%s", _told(command))
         return []
 
     # -- time ----------------------------------------------------------------------------------
@@ -273,7 +287,7 @@ class ClientService:
                 } for subflow in found.subflows],
             })
         return {
-            "path_manager": "userspace",
+            "path_manager": self._path_manager.name,
             "detours": [{
                 "address": str(detour.endpoint.address),
                 "port": detour.endpoint.port,
@@ -293,6 +307,14 @@ def _connections() -> list[Connection]:
     """For a thread of its own, as thousands of connections take a while to list."""
     with contextlib.closing(InetDiag()) as diag:
         return diag.connections()
+
+
+def _told(command: PathCommand) -> str:
+    if isinstance(command, CreateSubflow):
+        return f"connection {command.token:08x} joins {command.remote}"
+    if isinstance(command, Offer):
+        return f"{command.detour} leads to {command.remote}, for {command.lifetime} s"
+    return f"{command.detour} leads to {command.remote} no longer"
 
 
 def _why(event: SubflowClosed) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 from detour_tools.endpoint import Network
 
 Preference = Literal["rtt", "order"]
+PathManagerChoice = Literal["auto", "userspace", "kernel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,11 +15,15 @@ class ClientSettings:
     """Settings of ``detour-client daemon``; raises ValueError out of range.
 
     ``max_subflows`` counts subflows through detours, so not the direct one. ``probe_interval``
-    (seconds) is how often a detour that fell silent is asked again.
+    (seconds) is how often a detour that fell silent is asked again. ``path_manager`` is ``kernel``
+    for that of our own kernel, ``auto`` for that where there is one. With ``upgrade_tcp`` such a
+    kernel makes MPTCP sockets of programs' ordinary TCP sockets.
     """
 
     detours: tuple[str, ...] = ()
     max_subflows: int = 2
+    path_manager: PathManagerChoice = "auto"
+    upgrade_tcp: bool = False
     prefer: Preference = "rtt"
     include: tuple[Network, ...] = ()
     exclude: tuple[Network, ...] = ()

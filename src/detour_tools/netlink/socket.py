@@ -117,11 +117,19 @@ class GenericNetlink(NetlinkSocket):
         return GenericFamily(struct.unpack("=H", found[_CTRL_ATTR_FAMILY_ID])[0], groups)
 
 
-class GroupListener:
-    """Notifications of one multicast group, without blocking."""
+class Notification(NamedTuple):
+    """What the kernel told a multicast group; ``family`` is the number of the group's family."""
 
-    def __init__(self, group: int, receive_buffer: int) -> None:
-        """Join the group; ``receive_buffer`` in bytes, beyond the usual limit for root."""
+    family: int
+    command: int
+    attributes: dict[int, bytes]
+
+
+class GroupListener:
+    """Notifications of multicast groups in the order they were sent, without blocking."""
+
+    def __init__(self, receive_buffer: int, *groups: int) -> None:
+        """Join the groups; ``receive_buffer`` in bytes, beyond the usual limit for root."""
         self._socket = socket.socket(
             socket.AF_NETLINK,
             socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, NETLINK_GENERIC)
@@ -130,7 +138,12 @@ class GroupListener:
         except PermissionError:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self._socket.bind((0, 0))
-        self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+        try:
+            for group in groups:
+                self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+        except OSError:
+            self.close()
+            raise
         self._buffer = memoryview(bytearray(_RECEIVE))
 
     def fileno(self) -> int:
@@ -138,11 +151,11 @@ class GroupListener:
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the groups."""
         self._socket.close()
 
-    def receive(self) -> list[tuple[int, dict[int, bytes]]] | None:
-        """Pending notifications of one datagram as (command, attributes).
+    def receive(self) -> list[Notification] | None:
+        """Pending notifications of one datagram.
 
         None when nothing is pending. Raises OSError with ENOBUFS when notifications were lost.
         Only the kernel is believed: what another process sends is left out.
@@ -154,5 +167,6 @@ class GroupListener:
         if sender != 0:
             return []
         data = bytes(self._buffer[:length])
-        return [(found.payload[0], codec.attributes(found.payload[_GENL_HEADER.size:]))
+        return [Notification(found.type, found.payload[0],
+                             codec.attributes(found.payload[_GENL_HEADER.size:]))
                 for found in codec.messages(data) if len(found.payload) >= _GENL_HEADER.size]

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a path manager tells of connections, and what it can be told to do."""
+"""What a path manager tells of connections, and what it can be told to do.
+
+There are two kinds. One joins when it is told to, connection by connection (CreateSubflow). The
+other joins by itself: it is told which detour ports lead where (Offer, Withdraw), and keeps that
+for all connections to come.
+"""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from detour_tools.endpoint import Endpoint, IPAddress
 
@@ -59,8 +64,60 @@ class SubflowClosed:
     reset_reason: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class DetoursWanted:
+    """A connection to ``remote`` may be joined, and the path manager would do so by itself."""
+
+    remote: Endpoint
+
+
 Event = (ConnectionCreated | ConnectionEstablished | ConnectionClosed
-         | SubflowEstablished | SubflowClosed)
+         | SubflowEstablished | SubflowClosed | DetoursWanted)
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSubflow:
+    """Join connection ``token`` from ``local`` to ``remote``; ``via`` is None without a detour.
+
+    How it ends is told by SubflowEstablished or SubflowClosed.
+    """
+
+    token: int
+    local: IPAddress
+    remote: Endpoint
+    via: Endpoint | None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Connections to ``remote`` may be joined by way of ``detour``, an address and detour port.
+
+    The path manager forgets it after ``lifetime`` seconds, unless it is offered again before.
+    A connection tries an offer once; one that was withdrawn and is offered again is a new one.
+    """
+
+    remote: Endpoint
+    detour: Endpoint
+    lifetime: int
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """No further joins to ``remote`` by way of ``detour``; subflows that were made live on."""
+
+    remote: Endpoint
+    detour: Endpoint
+
+
+PathCommand = CreateSubflow | Offer | Withdraw
+
+
+class Offered(NamedTuple):
+    """An offer that the path manager has; ``lifetime`` is what is left of it, None: for ever."""
+
+    remote: Endpoint
+    detour: Endpoint
+    lifetime: int | None
 
 
 class EventsLostError(Exception):
@@ -69,6 +126,9 @@ class EventsLostError(Exception):
 
 class PathManager(Protocol):
     """A kernel path manager as the client service drives it."""
+
+    name: str
+    joins_by_itself: bool
 
     def start(self) -> None:
         """Take over path management in this network namespace; raises UserError."""
@@ -82,8 +142,12 @@ class PathManager(Protocol):
     def receive(self) -> list[Event] | None:
         """Some pending events, None when there are none; raises EventsLostError."""
 
-    def create_subflow(self, token: int, local: IPAddress, remote: Endpoint) -> None:
-        """Send a join from ``local`` to ``remote``; raises OSError when it cannot be sent.
+    def perform(self, command: PathCommand) -> None:
+        """Do what the machine decided; raises OSError when it cannot be done.
 
-        How it ends is told by SubflowEstablished or SubflowClosed.
+        CreateSubflow is for those that do not join by themselves, Offer and Withdraw for those
+        that do.
         """
+
+    def offered(self) -> list[Offered]:
+        """What stands offered, by whomever; empty where nothing ever is."""
