@@ -11,7 +11,8 @@ import detour_tools
 PACKAGE = Path(detour_tools.__file__).parent
 PURE = ("mproxy/__init__.py", "mproxy/v1.py", "mproxy/errors.py", "server/table.py",
         "server/ports.py", "server/policy.py", "mapping.py", "nat/xtables.py",
-        "client/machine.py", "netlink/codec.py", "lab/topology.py")
+        "client/machine.py", "netlink/codec.py", "pathmanager/codec.py",
+        "pathmanager/detour_codec.py", "lab/topology.py")
 IMPURE = {"socket", "asyncio", "time", "subprocess", "threading", "select", "pyroute2", "signal"}
 # What makes a module impure for others to import; its own import of these is checked above.
 _ROOT = "detour_tools"

@@ -14,7 +14,7 @@ from detour_tools.pathmanager.detour_family import DetourFamily, told
 
 SUMMARY = "speak to the kernel's detour path manager by hand"
 
-_LONGEST_LIFETIME = (1 << 32) - 1
+_LONGEST_LIFETIME = 7 * 24 * 3600
 
 EPILOG = """\
 The kernel keeps a list of entries in each network namespace. A NAT entry says that a detour's
@@ -61,7 +61,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         naming.add_argument("--interface", metavar="NAME",
                             help="a VPN entry, instead: the interface to leave by")
     adding.add_argument("--lifetime", type=common.whole_number(1, _LONGEST_LIFETIME),
-                        metavar="SECONDS", help="how long it lasts (default: for ever)")
+                        metavar="SECONDS",
+                        help="how long it lasts, a week at most (default: for ever)")
     monitor = command("monitor", _monitor, "show the kernel's requests for detours as they come, "
                       "one a line, until Ctrl-C")
     monitor.add_argument("--count", type=common.whole_number(1, 1 << 31), metavar="N",

@@ -380,7 +380,8 @@ class Machine:
         if connection.reason_for_none:
             return
         direct = connection.paths[Direct]
-        if direct.state == "idle" and connection.established and now >= direct.retry_at:
+        if (direct.state == "idle" and connection.established and now >= direct.retry_at
+                and not self._joins_by_itself):  # which knows detours only
             yield from self._join(connection, Direct, connection.remote, now)
         wanted = self.settings.max_subflows
         if connection.server_limit is not None:
@@ -537,12 +538,13 @@ class Machine:
 
     def _expect_joins(self, offering: Offering, now: float) -> None:
         """Connections that tried this offer before it was withdrawn try it again now."""
+        detour = self._by_address.get(offering.detour.address)
         for token in self._by_remote.get(offering.remote, ()):
             connection = self.connections[token]
-            key, path = self._find_path(connection, offering.detour)
+            path = connection.paths.get(detour)
             if (path is not None and path.state == "idle" and path.tried is not None
                     and connection.established):
-                self._joining(connection, key, path, offering.detour, now)
+                self._joining(connection, detour, path, offering.detour, now)
                 path.tried = offering
 
     def _withdraw(self, offering: Offering) -> Iterator[Command]:
@@ -597,7 +599,8 @@ class Machine:
                 yield Withdraw(remote, endpoint)
                 continue
             detour.remember(remote, endpoint.port)
-            offering = Offering(remote, endpoint, now + (lifetime or self._offer_seconds))
+            offering = Offering(remote, endpoint, now + (
+                self._offer_seconds if lifetime is None else lifetime))
             surplus = self._offers.add(offering)
             if surplus is not None:
                 yield Withdraw(surplus.remote, surplus.detour)
