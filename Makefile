@@ -5,16 +5,20 @@
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis)
 BIN  := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench
+.PHONY: help venv demo walkthrough test lint bench
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: ## install what is needed: distribution packages, and .venv with the console scripts
 	@scripts/setup
 
 demo: venv ## run the main job on an emulated network; pictures and captures land in demo/
 	@$(SUDO) $(BIN)/detour-lab demo --output demo
+
+walkthrough: ## the path manager in the kernel, live, with a client in a VM; captures land in walkthrough/
+	@scripts/setup vm
+	@$(SUDO) $(BIN)/detour-lab walkthrough --output walkthrough
 
 test: venv ## run the unit tests and the tests on network namespaces
 	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider)

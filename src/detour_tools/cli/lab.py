@@ -17,7 +17,7 @@ from detour_tools.cli import common
 from detour_tools.errors import UserError
 
 try:
-    from detour_tools.lab import demo, graph, network, session, state, vm, vmlab
+    from detour_tools.lab import demo, graph, network, session, state, vm, vmlab, walkthrough
 except ModuleNotFoundError as error:
     sys.exit(f"detour-lab: missing: the Python package {error.name} "
              "(install detour-tools[lab], or use 'make venv')")
@@ -73,7 +73,8 @@ def main() -> NoReturn:
 def _main() -> int | None:
     arguments = _parser().parse_args()
     if arguments.name is None:
-        arguments.name = "demo" if arguments.call is _demo else network.DEFAULT_NAME
+        arguments.name = {_demo: "demo", _walkthrough: walkthrough.DEFAULT_NAME}.get(
+            arguments.call, network.DEFAULT_NAME)
     state.check_name(arguments.name)
     result: int | None = arguments.call(arguments)
     return result
@@ -83,7 +84,7 @@ def _parser() -> common.Parser:
     top = common.parser("detour-lab", _DESCRIPTION, _EPILOG)
     top.add_argument("--name", metavar="NAME",
                      help="which lab; several can be up at once (default: "
-                          f"{network.DEFAULT_NAME}, for the demo: demo)")
+                          f"{network.DEFAULT_NAME}; demo and walkthrough have their own)")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND",
                                   parser_class=common.Parser)
 
@@ -130,6 +131,19 @@ def _parser() -> common.Parser:
     show.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR",
                       help="where pictures, captures and results go (default: %(default)s)")
     show.set_defaults(call=_demo)
+
+    walk = commands.add_parser(
+        "walkthrough", allow_abbrev=False, help="the path manager in the kernel, step by step",
+        description="A client in a VM, on a kernel with our path manager, fetches a page by an "
+                    "unmodified program; its second subflow goes through a detour. Tells what "
+                    "happens, and checks that all is seen that should be.")
+    walk.add_argument("--output", type=Path, default=Path("walkthrough"), metavar="DIR",
+                      help="where captures and the kernel's log go (default: %(default)s)")
+    walk.add_argument("--path-manager", choices=("kernel", "userspace"), default="kernel",
+                      help="userspace: for a kernel without our path manager; the program is "
+                           "wrapped by mptcpize then, and there is no trace")
+    _add_vm_options(walk)
+    walk.set_defaults(call=_walkthrough)
 
     machine = commands.add_parser(
         "vm", help="run a command, or a shell, on a kernel of our own in a VM",
@@ -390,3 +404,8 @@ def _print_drawing(topology: Topology, cut: frozenset[str]) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     return demo.run(arguments.output, arguments.name)
+
+
+def _walkthrough(arguments: argparse.Namespace) -> int:
+    return walkthrough.run(arguments.output, _vm_settings(arguments), arguments.name,
+                           path_manager=arguments.path_manager)

@@ -40,18 +40,21 @@ class Session:
     """One command in the VM whose files are in ``folder``.
 
     ``size`` (rows, columns) gives it a terminal. The constructor returns when the VM has taken
-    the command, so it also waits for the VM to boot. Raises UserError.
+    the command, so it also waits for the VM to boot. ``on_turn`` is called several times a second
+    while something is waited for. Raises UserError.
     """
 
     def __init__(self, folder: Path, argv: Sequence[object], *,
                  env: Mapping[str, str] | None = None, cwd: Path | None = None,
-                 size: tuple[int, int] | None = None, timeout: float = BOOT_SECONDS) -> None:
+                 size: tuple[int, int] | None = None, timeout: float = BOOT_SECONDS,
+                 on_turn: Callable[[], object] | None = None) -> None:
         self._folder = folder
         self._in = b""
         self._out = b""
         self.status: int | None = None
         self.notes: list[str] = []
         self._argv = [str(each) for each in argv]
+        self.on_turn = on_turn
         self._open(env, cwd, size, timeout)
 
     def _open(self, env: Mapping[str, str] | None, cwd: Path | None,
@@ -78,18 +81,15 @@ class Session:
             self.close()
             raise
 
-    def relay(self, read_from: int | None, on_out: OnOutput, on_err: OnOutput,
-              on_turn: Callable[[], object] | None = None) -> int:
+    def relay(self, read_from: int | None, on_out: OnOutput, on_err: OnOutput) -> int:
         """Carry input (from a file descriptor) and outputs until the command ends.
 
-        Returns its exit status, negative for the signal it died of. ``on_turn`` is called several
-        times a second. Raises UserError, with status 127 or 126 when it cannot be started.
+        Returns its exit status, negative for the signal it died of. Raises UserError, with
+        status 127 or 126 when it cannot be started.
         """
         if read_from is None:
             self._send("eof")
         while self.status is None:
-            if on_turn is not None:
-                on_turn()
             wanted = read_from if len(self._out) < _QUEUED else None
             for words in self._turn(wanted):
                 if words[0] == "out":
@@ -140,6 +140,8 @@ class Session:
 
     def _turn(self, read_from: int | None = None) -> list[list[str]]:
         """Wait a moment; write what goes, and return the lines that came, in words."""
+        if self.on_turn is not None:
+            self.on_turn()
         poller = select.poll()
         poller.register(self._socket, select.POLLIN | (select.POLLOUT if self._out else 0))
         if read_from is not None:
@@ -151,13 +153,14 @@ class Session:
                 self._readable = True
                 continue
             try:
-                if event & select.POLLOUT:
-                    self._out = self._out[self._socket.send(self._out[:_CHUNK]):]
+                # Reading first: it may have said something before it went.
                 if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
                     data = self._socket.recv(_CHUNK)
                     if not data:
                         raise ConnectionResetError
                     *lines, self._in = (self._in + data).split(b"\n")
+                elif event & select.POLLOUT:
+                    self._out = self._out[self._socket.send(self._out[:_CHUNK]):]
             except BlockingIOError:
                 pass
             except (ConnectionResetError, BrokenPipeError):
@@ -213,7 +216,8 @@ def _not_started(program: str, number: int) -> UserError:
 
 def run(folder: Path, argv: Sequence[object], *, stdin: bytes | None = None,
         timeout: float | None = None, env: Mapping[str, str] | None = None,
-        cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+        cwd: Path | None = None, on_turn: Callable[[], object] | None = None
+        ) -> "subprocess.CompletedProcess[str]":
     """Run a command in the VM to its end; its outputs are captured, as text.
 
     Raises UserError when it cannot be started or the VM dies, subprocess.TimeoutExpired.
@@ -222,12 +226,15 @@ def run(folder: Path, argv: Sequence[object], *, stdin: bytes | None = None,
     deadline = None if timeout is None else time.monotonic() + timeout
 
     def check() -> None:
+        if on_turn is not None:
+            on_turn()
         if deadline is not None and time.monotonic() > deadline:
             raise subprocess.TimeoutExpired(list(map(str, argv)), timeout or 0.0, bytes(out),
                                             bytes(err))
 
-    with Session(folder, argv, env=env, cwd=cwd) as session, _pipe_of(stdin) as source:
-        status = session.relay(source, out.extend, err.extend, check)
+    with (Session(folder, argv, env=env, cwd=cwd, on_turn=check) as session,
+          _pipe_of(stdin) as source):
+        status = session.relay(source, out.extend, err.extend)
     return subprocess.CompletedProcess(list(map(str, argv)), status,
                                        out.decode(errors="replace"), err.decode(errors="replace"))
 
@@ -260,15 +267,17 @@ def attach(folder: Path, argv: Sequence[object], *, env: Mapping[str, str] | Non
     interactive = os.isatty(0) and os.isatty(1)
     size = os.get_terminal_size() if interactive else None
     with Session(folder, argv, env=env,
-                 size=(size.lines, size.columns) if size else None) as session:
+                 size=(size.lines, size.columns) if size else None,
+                 on_turn=on_turn) as session:
         if on_note is not None:
             for note in session.notes:
                 on_note(note)
         with contextlib.ExitStack() as undo:
-            turn = on_turn or undo.enter_context(_forwarding(session))
+            if on_turn is None:
+                undo.enter_context(_forwarding(session))
             if interactive:
                 undo.enter_context(_raw_terminal(session))
-            status = session.relay(0, _writer(1), _writer(2), turn)
+            status = session.relay(0, _writer(1), _writer(2))
     return status if status >= 0 else 128 - status
 
 
@@ -280,7 +289,7 @@ def _writer(fd: int) -> OnOutput:
 
 
 @contextlib.contextmanager
-def _forwarding(session: Session) -> Iterator[Callable[[], None]]:
+def _forwarding(session: Session) -> Iterator[None]:
     """Send our signals on; a VM that does not react is left after a while."""
     last: list[tuple[int, float]] = []
 
@@ -293,9 +302,10 @@ def _forwarding(session: Session) -> Iterator[Callable[[], None]]:
                 time.monotonic() > last[0][1] + _PATIENCE_SECONDS):
             raise SystemExit(128 + last[0][0])
 
+    session.on_turn = check
     before = {signum: signal.signal(signum, pass_on) for signum in _FORWARDED}
     try:
-        yield check
+        yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -48,6 +48,8 @@ class Port:
             data = os.read(self.fd, _CHUNK)
         except BlockingIOError:
             return []
+        except OSError as error:
+            raise Gone from error
         if not data:
             raise Gone
         *lines, self._in = (self._in + data).split(b"\n")
