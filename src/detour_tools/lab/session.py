@@ -9,6 +9,7 @@ its outputs, signals and status. It imports little, as it starts often.
 import contextlib
 import fcntl
 import os
+import re
 import select
 import signal
 import socket
@@ -199,8 +200,8 @@ def last_words(folder: Path) -> str:
         with contextlib.suppress(OSError):
             text = (folder / name).read_text(encoding="utf-8", errors="replace")
             lines += [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if "panic" in line or "qemu-system" in line]
-    return (telling or lines or ["it said nothing"])[-1]
+    telling = [line for line in lines if "Kernel panic" in line or "qemu-system" in line]
+    return re.sub(r"^\[ *[\d.]+\] ", "", (telling or lines or ["it said nothing"])[-1])
 
 
 def died(folder: Path) -> UserError:

@@ -131,6 +131,10 @@ class Machine:
                 [*follow_us, *_qemu(settings, self.folder, taps)], stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, pass_fds=(lock, *taps), start_new_session=True)
         (self.folder / "pid").write_text(f"{self._process.pid}\n", encoding="ascii")
+        while not (self.folder / str(PORTS)).exists():
+            if self._process.poll() is not None:
+                raise UserError("QEMU could not start the VM", session.last_words(self.folder))
+            time.sleep(_POLL_SECONDS)
 
     def alive(self) -> bool:
         """Whether QEMU runs."""

@@ -31,6 +31,7 @@ from detour_tools.lab.vmlab import VmHost
 DEFAULT_NAME: Final = "walkthrough"
 PAGE_BYTES: Final = 12_000_000
 BRIDGE: Final = "br0"
+ALLOWED: Final = "10.0.0.0/8"  # where the detour relays to
 HOME: Final = IPv4Interface("192.168.7.1/24")
 _PORT: Final = 80
 _TOOLS: Final = {"dnsmasq": "dnsmasq-base", "nc": "netcat-openbsd", "tcpdump": "tcpdump",
@@ -107,7 +108,7 @@ class _Walk:
             folder = self._build(running)
             story.heading("1. The detour forwards")
             server = running.enter_context(story.follow(
-                self._detour, ["detour-server", "--allow-remote", "10.0.0.0/8"]))
+                self._detour, ["detour-server", "--allow-remote", ALLOWED]))
             server.wait_control_socket()
             forward = self._detour.run(["sysctl", "net.ipv4.ip_forward"]).stdout.strip()
             self._check(forward.endswith("= 1"), f"forwarding is on at the detour: {forward}")
@@ -227,9 +228,10 @@ class _Walk:
         except BaseException:
             daemon.kill()
             raise
-        self._story.line("client", "$ sysctl net.mptcp  ->  " + ", ".join(
-            line for line in client.run(["sysctl", "net.mptcp"]).stdout.splitlines()
-            if "pm_type" in line or "detour" in line))
+        sysctls = client.run(["sysctl", "net.mptcp"]).stdout.splitlines()
+        selected = ", ".join(line for line in sysctls if "pm_type" in line or "detour" in line)
+        self._check(f"pm_type = {2 if self._manager == 'kernel' else 1}" in selected,
+                    f"the {self._manager} path manager is selected: {selected}")
         return daemon
 
     def _fetch(self, client: VmHost, folder: Path) -> list[str]:
