@@ -110,10 +110,12 @@ def test_requests_that_get_no_detour(remote, on_link):
 
 def test_no_join_is_ever_commanded():
     script = Script((NEAR, FAR)).with_subflow()
-    commands = script.lost(after=100) + script.wait(600)
+    commands = script.lost(after=100) + script.live(600)
     script.machine.subflow_closed(SubflowClosed(1, LOCAL, SERVER, errno.ECONNRESET), script.now)
-    commands += script.wait(600)
+    commands += script.live(600)
     assert not [each for each in commands if isinstance(each, CreateSubflow)]
+    assert {each.detour.address for each in commands if isinstance(each, Offer)} == {
+        NEAR.address, FAR.address}  # it knows no direct joins
 
 
 def test_what_is_in_use_is_confirmed_and_renewed_in_time():
@@ -223,6 +225,50 @@ def test_a_hundred_refused_joins_ask_once():
     assert commands == [withdraws(), asks()]
     assert script.answer(port=50001) == [offers(port=50001)]
     assert [script.joined(port=50001, token=token) for token in range(100)] == [[]] * 100
+
+
+def test_a_join_that_fails_late_is_not_held_against_a_newer_mapping():
+    script = Script()
+    for token in (1, 2):
+        script.created(token=token)
+    script.answer()
+    for token in (1, 2):
+        script.established(token=token)
+    assert script.lost(token=1, error=errno.ECONNREFUSED) == [withdraws(), asks()]
+    assert script.answer(port=50001) == [offers(port=50001)]
+    assert script.lost(token=2, error=errno.ECONNREFUSED) == []
+    assert script.lost(token=2, port=50001, error=errno.ECONNREFUSED) == []
+    assert script.wait(7) == [withdraws(port=50001), offers(port=50001)]
+
+
+def test_joins_by_a_new_offer_before_their_time_are_seen():
+    script = Script()
+    for token in (1, 2):
+        script.created(token=token)
+    script.answer()
+    for token in (1, 2):
+        script.established(token=token)
+        script.joined(token=token)
+    script.wait(50)
+    script.lost(token=1, error=errno.ETIMEDOUT)
+    script.live(2)
+    script.lost(token=2, error=errno.ETIMEDOUT)
+    assert script.live(1.5) == [withdraws(), offers()]  # for the first one; both try it
+    script.joined(token=1)
+    script.joined(token=2)
+    script.live(100)
+    script.lost(token=2, error=errno.ETIMEDOUT)
+    assert script.live(4)[-2:] == [withdraws(), offers()]
+
+
+def test_joins_that_were_never_tried_are_offered_once_the_detour_is_back():
+    script = Script()
+    for token, remote in ((1, SERVER), (2, OTHER)):
+        script.created(token=token, remote=remote)
+        script.answer(remote=remote, port=remote.port)
+        script.established(token=token, remote=remote)
+    script.live(CONFIRM + 10, silent=[NEAR])
+    assert set(script.live(60)) >= {offers(), offers(port=443, remote=OTHER)}
 
 
 def test_a_hundred_lost_subflows_are_replaced_by_one_new_offer():

@@ -206,7 +206,10 @@ class Machine:
         if path is None:
             return []
         if path.state != "up":
+            if path.state == "idle":
+                self._count_join(key)
             path.state, path.remote, path.since = "up", event.remote, now
+            path.tried = self._offers.get(connection.remote, event.remote.address)
             self.counters.joins_established += 1
             if key is not Direct:
                 key.joins_established += 1
@@ -225,6 +228,7 @@ class Machine:
             if path.tried is None:
                 return []
             path.since = now  # a join of the path manager's own that we did not count on
+            self._count_join(key)
         was_up, age = path.state == "up", now - path.since
         path.state = "idle"
         if was_up and age >= SHORT_LIVED:
@@ -423,20 +427,20 @@ class Machine:
     def _join(self, connection: Connection, key: Detour | None, remote: Endpoint,
               now: float) -> Iterator[Command]:
         path = connection.paths.setdefault(key, Path())
-        self._joining(connection, key, path, remote, now)
+        path.state, path.remote, path.since = "joining", remote, now
+        self._set_timer(now + JOIN_PATIENCE, connection.token)
+        self._count_join(key)
         if not self._joins_by_itself:
             yield CreateSubflow(connection.token, connection.local.address, remote,
                                 None if key is Direct else key.endpoint)
             return
         if path.tried is not None and self._offers.stands(path.tried):
-            yield from self._withdraw(path.tried)  # it is tried once; offered again, once more
+            # Each connection tries an offer once; and a new one, even if it is the same, once more.
+            yield from self._withdraw(path.tried)
         yield from self._offer(connection.remote, remote, now)
         path.tried = self._offers.get(connection.remote, remote.address)
 
-    def _joining(self, connection: Connection, key: Detour | None, path: Path, remote: Endpoint,
-                 now: float) -> None:
-        path.state, path.remote, path.since = "joining", remote, now
-        self._set_timer(now + JOIN_PATIENCE, connection.token)
+    def _count_join(self, key: Detour | None) -> None:
         self.counters.joins += 1
         if key is not Direct:
             key.joins += 1
@@ -532,20 +536,8 @@ class Machine:
             if surplus is not None:
                 yield Withdraw(surplus.remote, surplus.detour)
             self._set_timer(now + self._confirm_seconds, offering)
-            self._expect_joins(offering, now)
         offering.until = now + self._offer_seconds
         yield Offer(remote, detour, self._offer_seconds)
-
-    def _expect_joins(self, offering: Offering, now: float) -> None:
-        """Connections that tried this offer before it was withdrawn try it again now."""
-        detour = self._by_address.get(offering.detour.address)
-        for token in self._by_remote.get(offering.remote, ()):
-            connection = self.connections[token]
-            path = connection.paths.get(detour)
-            if (path is not None and path.state == "idle" and path.tried is not None
-                    and connection.established):
-                self._joining(connection, detour, path, offering.detour, now)
-                path.tried = offering
 
     def _withdraw(self, offering: Offering) -> Iterator[Command]:
         if self._offers.remove(offering):
@@ -557,10 +549,14 @@ class Machine:
             if offering.detour.address != detour.endpoint.address:
                 continue
             yield from self._withdraw(offering)
-            for token in self._by_remote.get(offering.remote, ()):
-                path = self.connections[token].paths.get(detour)
-                if path is not None and path.state == "joining":
-                    path.state = "idle"
+            self._forget_joins(detour, offering.remote)
+
+    def _forget_joins(self, detour: Detour, remote: Endpoint) -> None:
+        """Joins under way may not have been tried: they are wanted again with a new mapping."""
+        for token in self._by_remote.get(remote, ()):
+            path = self.connections[token].paths.get(detour)
+            if path is not None and path.state == "joining":
+                path.state = "idle"
 
     def _drop_mapping(self, detour: Detour, remote: Endpoint) -> Iterator[Command]:
         detour.forget(remote)
@@ -693,6 +689,7 @@ class Machine:
                     tokens = self.connections
             elif detour.refuses(exchange.remote, now):
                 yield from self._drop_mapping(detour, exchange.remote)
+                self._forget_joins(detour, exchange.remote)
                 yield Note(f"detour {detour.endpoint} gives no mapping to {exchange.remote}")
                 for token in tokens:
                     self._set_timer(detour.refused_until(exchange.remote), token)
