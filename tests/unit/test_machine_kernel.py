@@ -256,6 +256,7 @@ def test_joins_by_a_new_offer_before_their_time_are_seen():
     assert script.live(1.5) == [withdraws(), offers()]  # for the first one; both try it
     script.joined(token=1)
     script.joined(token=2)
+    assert script.machine.counters.joins == script.machine.counters.joins_established == 4
     script.live(100)
     script.lost(token=2, error=errno.ETIMEDOUT)
     assert script.live(4)[-2:] == [withdraws(), offers()]
@@ -263,12 +264,16 @@ def test_joins_by_a_new_offer_before_their_time_are_seen():
 
 def test_joins_that_were_never_tried_are_offered_once_the_detour_is_back():
     script = Script()
-    for token, remote in ((1, SERVER), (2, OTHER)):
+    later = parse_endpoint("10.0.3.4:22")
+    for token, remote in ((1, SERVER), (2, OTHER), (3, later)):
+        if remote == later:
+            script.live(30)
         script.created(token=token, remote=remote)
         script.answer(remote=remote, port=remote.port)
         script.established(token=token, remote=remote)
-    script.live(CONFIRM + 10, silent=[NEAR])
-    assert set(script.live(60)) >= {offers(), offers(port=443, remote=OTHER)}
+    script.live(40, silent=[NEAR])
+    assert not list(script.machine._offers)
+    assert {each.remote for each in script.live(60)} == {SERVER, OTHER, later}
 
 
 def test_a_hundred_lost_subflows_are_replaced_by_one_new_offer():
