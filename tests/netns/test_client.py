@@ -17,7 +17,7 @@ import pytest
 
 from detour_tools.lab.captures import segments
 from detour_tools.lab.daemons import wait_for
-from detour_tools.lab.network import Lab
+from detour_tools.lab.network import Lab, environment
 from detour_tools.lab.topology import reference_topology
 
 SERVER = "10.0.3.2"
@@ -407,6 +407,12 @@ ONE_LINERS = [
     (["daemon", "10.0.6.2", "--control-group", "no-such-group"], 2, "no group"),
     (["daemon", "--config", "/no/such/file"], 2, "there is no file"),
     (["daemon", "--no-such-option"], 2, "--no-such-option"),
+    (["daemon", "10.0.6.2", "--path-manager", "none"], 2, "invalid choice"),
+    (["daemon", "10.0.6.2", "--path-manager", "kernel"], 1, "no detour path manager"),
+    (["daemon", "10.0.6.2", "--upgrade-tcp"], 1, "does not upgrade TCP sockets"),
+    (["netlink"], 2, "required"),
+    (["netlink", "list"], 1, "CONFIG_MPTCP_PM_DETOUR"),
+    (["netlink", "add"], 2, "which entry?"),
     (["request", "10.0.6.2", "10.0.3.2"], 2, "has no port"),
     (["request", "10.0.6.2", "10.0.3.2:80"], 1, "nothing listens"),
     (["status"], 1, "no detour-client runs"),
@@ -431,6 +437,16 @@ def client_host():
     """The client of a lab that several tests share, as nothing is left on it."""
     with Lab(reference_topology(rates_mbps=None), f"t{os.getpid()}shared") as lab:
         yield lab.host("client")
+
+
+def test_ctrl_c_while_it_is_loaded_is_no_traceback(client_host, tmp_path):
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = client_host.run(["detour-client", "status"], check=False, timeout=20,
+                           env={**environment(), "PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_an_unprivileged_daemon_says_what_it_lacks(client_host):
