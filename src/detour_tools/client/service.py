@@ -82,11 +82,12 @@ class ClientService:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._stopping.set)
         try:
-            await server.start()
+            control.check_group(self._settings.control_group)
             self._path_manager.start()
             loop.add_reader(self._path_manager.fileno(), self._guarded(self._on_events))
             loop.add_reader(self._socket.fileno(), self._guarded(self._on_datagrams))
             self._resynchronise()
+            await server.start()  # who may ask for the status finds all in place
             log.info("ready with the %s path manager; connections will ask %s",
                      self._path_manager.name, ", ".join(
                          str(detour.endpoint) for detour in self._machine.detours))
