@@ -12,7 +12,7 @@ from detour_tools import mproxy
 from detour_tools.client import machine as machine_module
 from detour_tools.client import offers as offers_module
 from detour_tools.client.detours import ATTEMPTS, DetourState
-from detour_tools.client.machine import Machine, SendDatagram
+from detour_tools.client.machine import Machine, SendDatagram, Snapshot
 from detour_tools.client.settings import ClientSettings
 from detour_tools.endpoint import Endpoint, parse_endpoint
 from detour_tools.pathmanager.base import CreateSubflow, Offer, Offered, SubflowClosed, Withdraw
@@ -354,6 +354,26 @@ def test_after_a_restart_what_is_right_stays_and_is_confirmed():
     assert script.wait(0) == [asks()]
     assert script.answer() == [offers()]
     assert script.machine.stop() == [withdraws()]
+
+
+def test_after_a_restart_a_thousand_questions_take_their_time():
+    script = Script()
+    remotes = [Endpoint(ip_address(f"198.18.{n // 250}.{n % 250}"), 80) for n in range(1000)]
+    found = [Snapshot(n, LOCAL, remote, False, False, True,
+                      frozenset([remote, Endpoint(NEAR.address, 80)]))
+             for n, remote in enumerate(remotes)]
+    script.resynchronise(*found, offered=[stands(remote=remote) for remote in remotes])
+    commands, first_second = [], 0
+    while script.now < 1021:
+        pending = script.wait(0.05)
+        commands += pending
+        first_second += len(pending) if script.now < 1001 else 0
+        for command in pending:
+            if isinstance(command, SendDatagram):
+                remote = mproxy.decode(command.payload).remote
+                commands += script.answer(remote=remote, after=0)
+    assert first_second <= 51
+    assert {each.remote for each in commands if isinstance(each, Offer)} == set(remotes)
 
 
 def test_after_a_restart_what_moved_is_replaced():

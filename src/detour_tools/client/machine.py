@@ -46,6 +46,9 @@ LIMIT_MEMORY = 60.0
 REPLACE_DELAY = 3.0
 """Seconds until a path that died is joined again; doubles with each failure in a row."""
 
+CONFIRM_SPACING = 0.02
+"""Seconds between the questions about what a daemon finds offered: detours limit their rate."""
+
 LONGEST_DELAY = 3600.0
 
 # RFC 8684, section 3.6: the peer has no resources, or forbids it.
@@ -584,6 +587,7 @@ class Machine:
         for offering in self._offers:
             if (offering.remote, offering.detour) not in standing:
                 self._offers.remove(offering)
+        due = now
         for remote, endpoint, lifetime in standing.values():
             detour = self._by_address.get(endpoint.address)
             ours = self._offers.get(remote, endpoint.address)
@@ -602,7 +606,8 @@ class Machine:
                 yield Withdraw(surplus.remote, surplus.detour)
             if lifetime is None:
                 yield Offer(remote, endpoint, self._offer_seconds)
-            self._set_timer(now, offering)  # is it still right?
+            self._set_timer(due, offering)  # is it still right?
+            due += CONFIRM_SPACING
 
     def _suppose_tried(self, connection: Connection) -> None:
         """A connection found without a subflow that stands offered has tried it, and lost it."""

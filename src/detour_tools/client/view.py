@@ -15,7 +15,8 @@ def render(status: dict[str, Any]) -> RenderableType:
     counters = ", ".join(f"{name.replace('_', ' ')} {value}"
                          for name, value in status["counters"].items() if value)
     return Group(_detours(status["detours"]), _connections(status["connections"]),
-                 Text(f"since the start: {counters or 'nothing yet'}", style="dim"))
+                 Text(f"path manager: {status['path_manager']}; since the start: "
+                      f"{counters or 'nothing yet'}", style="dim"))
 
 
 def _detours(detours: list[dict[str, Any]]) -> Table:
