@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel's path manager: its interface, as a stranger would use it, and its own tests."""
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from detour_tools.lab.daemons import Daemon
+from tests.vm.conftest import Vm
+from tests.vm.kernel.net import (
+    DETOUR,
+    NOBODY,
+    PATIENCE,
+    REMOTE,
+    SERVERS,
+    SPEC,
+    Net,
+    is_debug,
+    nat,
+)
+
+KUNIT = Path("/sys/kernel/debug/kunit")
+# 192.168.0.2:80 for 130.104.230.45:80, attribute by attribute.
+IP, PORT, REMOTE_IP, REMOTE_PORT = "1:c0a80002", "2:0050", "3:8268e62d", "4:0050"
+NAMED = f"{IP} {PORT} {REMOTE_IP} {REMOTE_PORT}"
+IP6, REMOTE_IP6 = (f"{kind}:20010db8000000000000000000000001" for kind in (6, 7))
+LO = "5:6c6f"
+
+
+@pytest.fixture
+def net(vm: Vm) -> Iterator[Net]:
+    made = Net(vm)
+    yield made
+    made.down()
+
+
+@pytest.fixture
+def server(net: Net) -> Iterator[Daemon]:
+    with net.serve() as running:
+        yield running
+
+
+def log(vm: Vm, since: int) -> list[str]:
+    """What the kernel said, without its times and prefixes."""
+    return [re.sub(r"^\[.*?\] (MPTCP: )?", "", line) for line in vm.dmesg()[since:]]
+
+
+def listener(net: Net, *then: str, host: str = "c", seconds: int = 60) -> Daemon:
+    """The spec client in the background: waits for a request, and does what follows."""
+    lines = "\\n".join(("join", f"hear {seconds}", *then))
+    command = net.inside(host, ["sh", "-c", f"printf '{lines}\\n' | exec {' '.join(SPEC)}"])
+    started = net.vm.start(command)
+    started.wait_line("ok", PATIENCE)
+    return started
+
+
+# The interface
+
+
+def test_the_names_and_numbers_of_the_first_path_manager(net: Net):
+    since = len(net.vm.dmesg())
+    assert net.spec("family", f"send 2 {NAMED}", "send 2 5:6c6f00", "echo") == [
+        "1 0 detour_req", "ok", "ok", "ok"]
+    logged = log(net.vm, since)
+    assert "detour: detour=192.168.0.2:80 remote=130.104.230.45:80" in logged
+    assert "detour: interface=lo" in logged
+    assert net.spec("add lo", f"send 3 {NAMED}", f"send 3 {NAMED}", "del lo", "del lo") == [
+        "ok", "ok", "ENOENT no such detour", "ok", "ENOENT no such detour"]
+    assert net.entries() == 0
+
+
+def test_a_request_is_heard_and_the_answer_used(net: Net, server: Daemon):
+    with listener(net, f"add {nat()}") as client, net.held():
+        client.wait_line(f"^req {REMOTE} {SERVERS}$", PATIENCE)
+        net.wait_counter("MPJoinSynAckRx", 1)
+    assert client.lines == ["ok", f"req {REMOTE} {SERVERS}", "ok"]
+    counters = net.counters()
+    assert (counters["DetourReqTx"], counters["DetourNatJoin"], counters["DetourVpnJoin"]) == (
+        1, 1, 0)
+
+
+def test_an_interface_is_used_by_connections_that_are_there(net: Net, server: Daemon):
+    with net.held(count=3):
+        assert net.counters()["DetourReqDrop"] == 3
+        net.add("tun0")
+        net.wait_counter("MPJoinSynAckRx", 3)
+        assert net.counters()["DetourVpnJoin"] == 3
+        subflows = net.run("c", "ss", "-Htn", "state", "established", "dport", f"= :{SERVERS}")
+        assert len(re.findall(r"10\.0\.3\.1", subflows)) == 3
+
+
+def test_deleted_detours_are_not_used_and_subflows_live_on(net: Net, server: Daemon):
+    net.add(nat(number=0))
+    with net.held():
+        net.wait_counter("MPJoinSynAckRx", 1)
+        net.spec(f"del {nat(number=0)}")
+        query = ["ss", "-Htn", "state", "established", "dport", "= :5000"]
+        assert net.run("c", *query).count("\n") == 1
+    net.wait_counter("CurrEstab", 0)
+    with net.held():
+        assert net.counters()["DetourNatJoin"] == 1
+
+
+# Who may
+
+
+def test_users_may_not(net: Net):
+    # ... not even in their own user namespace, as the network is not theirs.
+    for who in (NOBODY, [*NOBODY, "unshare", "--user", "--map-root-user"]):
+        assert net.spec("family", f"add {nat()}", "add lo", f"del {nat()}", "echo", "join",
+                        prefix=who) == [
+            "1 0 detour_req", *["EPERM"] * 4, "EPERM Operation not permitted"]
+    assert net.entries() == 0
+    assert net.run("c", *NOBODY, net.programs / "messages", "list") == "0\n"
+
+
+def test_the_root_of_a_container_may_in_its_network_only(net: Net):
+    net.add(nat())
+    script = [f"del {nat()}", f"add {nat()}", "add lo", "join", "echo"]
+    assert net.spec(*script, prefix=[*NOBODY, "unshare", "--user", "--map-root-user", "--net"]
+                    ) == ["ENOENT no such detour", *["ok"] * 4]
+    assert net.entries() == 1
+
+
+def test_namespaces_do_not_meet(net: Net, server: Daemon):
+    net.add(nat())
+    assert (net.entries("d"), net.spec(f"del {nat()}", host="d")) == (0, ["ENOENT no such detour"])
+    with listener(net, seconds=5, host="d") as elsewhere, listener(net) as here:
+        with net.held():
+            here.wait_line("^req ", PATIENCE)
+        assert elsewhere.wait_line("^(req|nothing)", PATIENCE) == "nothing"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("command", [2, 3])
+def test_what_is_wrong_is_refused_and_said(net: Net, command: int):
+    with_ip6 = f"{IP6} {PORT} {REMOTE_IP6} {REMOTE_PORT}"
+    wrong = {
+        "nothing at all": "",
+        "no detour": f"{PORT} {REMOTE_IP} {REMOTE_PORT}",
+        "no detour's port": f"{IP} {REMOTE_IP} {REMOTE_PORT}",
+        "no remote": f"{IP} {PORT} {REMOTE_PORT}",
+        "no remote's port": f"{IP} {PORT} {REMOTE_IP}",
+        "both ways": f"{NAMED} {LO}",
+        "an interface and a port": f"{LO} {PORT}",
+        "an interface and an IPv6 address": f"{LO} {IP6}",
+        "two families": f"{IP} {PORT} {REMOTE_IP6} {REMOTE_PORT}",
+        "two detours": f"{IP6} {NAMED}",
+        "two remotes": f"{with_ip6} {REMOTE_IP}",
+        "a mapped detour of an IPv6 remote":
+            f"6:00000000000000000000ffffc0a80002 {PORT} {REMOTE_IP6} {REMOTE_PORT}",
+        "port 0 of the detour": f"{IP} 2:0000 {REMOTE_IP} {REMOTE_PORT}",
+        "port 0 of the remote": f"{IP} {PORT} {REMOTE_IP} 4:0000",
+        "a multicast detour": f"1:e0000001 {PORT} {REMOTE_IP} {REMOTE_PORT}",
+        "a multicast remote": f"{IP} {PORT} 3:efffffff {REMOTE_PORT}",
+        "no address": f"1:00000000 {PORT} {REMOTE_IP} {REMOTE_PORT}",
+        "broadcast": f"{IP} {PORT} 3:ffffffff {REMOTE_PORT}",
+        "an IPv6 multicast detour":
+            f"6:ff020000000000000000000000000001 {PORT} {REMOTE_IP6} {REMOTE_PORT}",
+        "a link-local remote":
+            f"{IP6} {PORT} 7:fe800000000000000000000000000001 {REMOTE_PORT}",
+        "a mapped multicast":
+            f"6:00000000000000000000ffffe0000001 {PORT} 7:00000000000000000000ffffc0a80002 "
+            f"{REMOTE_PORT}",
+        "a short address": f"1:c0a800 {PORT} {REMOTE_IP} {REMOTE_PORT}",
+        "a long address": f"1:c0a8000200 {PORT} {REMOTE_IP} {REMOTE_PORT}",
+        "a long port": f"{IP} 2:00000050 {REMOTE_IP} {REMOTE_PORT}",
+        "an empty port": f"{IP} 2: {REMOTE_IP} {REMOTE_PORT}",
+        "a short IPv6 address": f"6:2001 {PORT} {REMOTE_IP6} {REMOTE_PORT}",
+        "an attribute that there is not": f"{LO} 77:00",
+        "attribute 0": f"{LO} 0:00",
+        "statistics": f"{LO} 9:",
+        "a name that is too long": f"5:{'61' * 16}",
+        "a name without end": f"5:{'61' * 300}",
+        "an empty name": "5:00",
+        "a name of nothing": "5:",
+        "a name that no interface has": "5:612f62",
+        "the name of a directory": "5:2e2e",
+        **({"a lifetime of a byte": f"{LO} 8:01", "a lifetime of years": f"{LO} 8:ffffff7f",
+            "a lifetime only": "8:01000000"} if command == 2 else
+           {"a lifetime": f"{LO} 8:01000000"}),
+    }
+    answers = dict(zip(wrong, net.spec(*(f"send {command} {each}" for each in wrong.values())),
+                       strict=True))
+    bad = {what: answer for what, answer in answers.items()
+           if not re.fullmatch(r"(EINVAL|ERANGE) \S.*", answer)}
+    assert bad == {}
+    assert net.entries() == 0
+    # Nothing of this is because all is refused.
+    assert net.spec(f"send 2 {NAMED}", f"send 2 {with_ip6}", f"send 2 {LO}") == ["ok"] * 3
+
+
+def test_unknown_commands_and_interfaces_are_refused(net: Net):
+    assert net.spec("add nonesuch", "del nonesuch", f"send 4 {NAMED}", f"send 6 {NAMED}",
+                    f"send 7 {NAMED}", "send 0", "send 255") == [
+        "ENODEV no such interface", "ENOENT no such detour", *["EOPNOTSUPP"] * 5]
+
+
+def test_there_is_a_limit(net: Net):
+    assert net.spec(f"fill 4097 {REMOTE} 80", f"add {nat()}", "add lo", f"fill 1 {REMOTE} 80",
+                    f"del 10.0.0.1 5000 {REMOTE} 80", "add lo", f"add {nat()}") == [
+        "4096 ENOSPC too many detours", *["ENOSPC too many detours"] * 2, "1 ok", "ok", "ok",
+        "ENOSPC too many detours"]
+    assert net.entries() == 4096
+    assert net.spec(f"add {nat()}", host="d") == ["ok"]
+
+
+def test_thousands_of_dead_detours_are_gone_through_at_once(net: Net, server: Daemon):
+    # No route leads to them, and each is refused at once: what one costs may not grow with their
+    # number. (Cubic work made it 64 times as long for 4 times as many.)
+    net.run("c", "ip", "route", "add", "10.0.2.0/24", "via", DETOUR)
+    net.run("c", "ip", "route", "add", "unreachable", "10.0.0.0/12")
+    seconds = []
+    for number, port in ((1024, SERVERS), (3072, SERVERS + 1)):
+        before = net.counters()["DetourNatJoin"]
+        assert net.spec(f"fill {number} {REMOTE} {port}") == [f"{number} ok"]
+        started = time.monotonic()
+        with net.held(port=port):
+            net.wait_counter("DetourNatJoin", before + number)
+        seconds.append(time.monotonic() - started)
+    assert seconds[1] < 9 * max(seconds[0], 1), seconds
+
+
+# The kernel's own tests
+
+
+@pytest.fixture
+def debug(vm: Vm) -> None:
+    if not is_debug(vm):
+        pytest.skip("this needs a kernel that tests itself: pytest --kernel debug")
+
+
+@pytest.mark.usefixtures("debug")
+@pytest.mark.parametrize("suite", ["mptcp-detour", "mptcp-token", "mptcp-crypto"])
+def test_unit_tests_of_the_kernel(vm: Vm, suite: str):
+    results = vm.run(["cat", KUNIT / suite / "results"]).stdout
+    assert re.search(rf"^ok \d+ {suite}$", results, re.MULTILINE), results
+    cases = re.findall(r"^    ok \d+ \S+$", results, re.MULTILINE)
+    planned = re.search(r"^    1\.\.(\d+)$", results, re.MULTILINE)
+    assert planned is not None
+    assert len(cases) == int(planned[1]) > 0
+    assert "not ok" not in results
+    assert "SKIP" not in results
