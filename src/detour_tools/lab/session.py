@@ -318,7 +318,7 @@ def _raw_terminal(session: Session) -> Iterator[None]:
     before = termios.tcgetattr(0)
     handler = signal.signal(signal.SIGWINCH, lambda *_: session.resize(
         *reversed(os.get_terminal_size())))
-    tty.setraw(0)
+    tty.setraw(0, termios.TCSADRAIN)  # what was typed meanwhile is kept
     try:
         yield
     finally:

@@ -255,7 +255,7 @@ class _Walk:
             except BaseException:
                 fetching.kill()
                 raise
-        complaint = fetching.stderr.read().strip() if fetching.stderr else ""
+            complaint = fetching.stderr.read().strip() if fetching.stderr else ""
         header, _, body = (folder / "page").read_bytes().partition(b"\r\n\r\n")
         whole = hashlib.sha256(body).hexdigest() == self._sha256
         self._check(whole, f"the page came whole: {len(body)} bytes, "

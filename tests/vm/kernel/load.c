@@ -9,6 +9,7 @@
  *   load churn SECONDS SEED PORT COUNT ADDRESS...
  *                                  open, use and end connections in every way there is; prints
  *                                  how many of each
+ *                                  (with FAIL=1, its allocations fail as failslab says)
  *   load once ADDRESS PORT SIZE [tcp]
  *                                  send SIZE bytes and get them back: says "equal"
  */
@@ -187,6 +188,12 @@ static void churn(double seconds, unsigned int seed, int port, int count, char *
 
 	while (addresses[number])
 		number++;
+	if (getenv("FAIL")) {
+		FILE *file = fopen("/proc/self/make-it-fail", "w");
+
+		if (!file || fputs("1", file) < 0 || fclose(file))
+			fail("make-it-fail");
+	}
 	srandom(seed);
 	memset(pool, -1, sizeof(pool));
 	while (now() < end) {

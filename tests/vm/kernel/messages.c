@@ -11,14 +11,19 @@
  *   messages listen                 join and leave the group and the namespace's requests, until
  *                                   killed by SIGTERM; prints how many were heard
  *   messages fuzz COUNT SEED        random messages; prints what was answered how often
+ *   messages nth COUNT FILE         each command of the first and the last entry of FILE, and a new
+ *                                   network namespace now and then, with each of their first COUNT
+ *                                   allocations failing (for namespaces: COUNT of the first 4000)
  *
  * FAIL=1 in the environment: allocations of this program fail as /sys/kernel/debug/failslab says.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/genetlink.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -447,6 +452,56 @@ static void let_fail(void)
 		fail("make-it-fail");
 }
 
+static void fail_nth(int control, int number)
+{
+	char digits[16];
+
+	snprintf(digits, sizeof(digits), "%d", number);
+	if (pwrite(control, digits, strlen(digits), 0) < 0)
+		fail("fail-nth");
+}
+
+static void nth(int count, const char *path)
+{
+	static struct entry entries[4096];
+	int number = read_entries(path, entries, 4096), made = 0, unmade = 0, i, command, which;
+	int control = open("/proc/thread-self/fail-nth", O_RDWR | O_CLOEXEC), back = nl, error;
+	struct message m;
+
+	if (control < 0)
+		fail("fail-nth");
+	for (i = 1; i <= count; i++)
+		for (which = 0; which < 2; which++)
+			for (command = ADD; command <= GET; command++) {
+				if (command == REQ)
+					continue;
+				/* A socket of its own: what was not answered is not for the next. */
+				nl = connected();
+				start(&m, family, command,
+				      command == GET ? NLM_F_DUMP : NLM_F_ACK);
+				if (command != GET)
+					put_entry(&m, &entries[which ? number - 1 : 0]);
+				/* for no answer there will be none later */
+				fcntl(nl, F_SETFL, O_NONBLOCK);
+				fail_nth(control, i);
+				error = ask(&m, NULL);
+				fail_nth(control, 0);
+				if (command == GET)
+					error = error < 0 ? -error : 0;
+				answers[command][error < 200 ? error : 0]++;
+				close(nl);
+			}
+	nl = back;
+	for (i = 0; i < count; i++) {
+		fail_nth(control, 1 + random() % 4000);
+		error = unshare(CLONE_NEWNET);
+		fail_nth(control, 0);
+		error ? unmade++ : made++;
+	}
+	printf("namespaces=%d no-namespaces=%d ", made, unmade);
+	tell();
+}
+
 int main(int count, char **arguments)
 {
 	signal(SIGTERM, stop);
@@ -463,6 +518,8 @@ int main(int count, char **arguments)
 		listen_();
 	else if (count == 4 && !strcmp(arguments[1], "fuzz"))
 		fuzz(atoi(arguments[2]), atoi(arguments[3]));
+	else if (count == 4 && !strcmp(arguments[1], "nth"))
+		nth(atoi(arguments[2]), arguments[3]);
 	else
 		return 2;
 	return 0;

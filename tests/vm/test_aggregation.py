@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Uploads on shaped links in the VM: the kernel's path manager adds the paths up."""
+
+from detour_tools.lab.topology import reference_topology
+from tests.bench.kernel_uploads import Uploads
+from tests.vm.conftest import MakeVmLab
+
+# What the demo claims of the userspace path manager.
+WANTED_SHARE = 0.95
+# What else than the upload goes over a path is far less.
+MIB = 1 << 20
+
+
+def test_an_upload_has_the_sum_of_both_paths(vm_lab: MakeVmLab):
+    """The machine may be busy meanwhile, so that it has two chances."""
+    lab = vm_lab()
+    with Uploads(lab.host, reference_topology()) as uploads:
+        told = []
+        for _ in range(2):
+            plain = [each.mbps for each in uploads.plain()]
+            by = {manager: uploads.multipath(manager) for manager in ("userspace", "kernel")}
+            shares = {manager: each.mbps / sum(plain) for manager, each in by.items()}
+            told.append((plain, by, shares))
+            for upload in by.values():
+                assert min(upload.bytes_by_link.values()) > 4 * MIB, told
+            # Half of the sum, and a path would have been idle.
+            assert min(plain) > 0.4 * sum(plain), told
+            if shares["kernel"] >= WANTED_SHARE:
+                break
+        assert shares["kernel"] >= WANTED_SHARE, told
+        # "As with the userspace one".
+        assert shares["kernel"] >= shares["userspace"] - 0.03, told
+
+
+def test_an_upload_uses_five_paths(vm_lab: MakeVmLab):
+    # Slow links, so that an emulated processor keeps up with five.
+    topology = reference_topology(detours=4)
+    core = [topology.path("client", topology.address(name))[1]
+            for name in ("server", *topology.detours())]
+    lab = vm_lab("--detours", 4, *(word for link in core for word in ("--rate", f"{link}=4")))
+    with Uploads(lab.host, topology) as uploads:
+        sent = uploads.multipath("kernel")
+    carried = sent.bytes_by_link
+    assert len(carried) == 5
+    # At 4 Mbit/s a path carries 5 MB in the 10 s.
+    assert min(carried.values()) > 2 * MIB, sent
