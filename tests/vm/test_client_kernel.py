@@ -119,7 +119,7 @@ def start() -> Iterator[Start]:
 def start_server(start: Start) -> Start:
     """Run ``detour-server``: ``start_server(lab.host("detour"))``."""
     def run(host: Host) -> Daemon:
-        return start(host, ["detour-server", "--allow-remote", "10.0.0.0/8"], "listening|ready")
+        return start(host, ["detour-server", "--allow-remote", "10.0.0.0/8"], "serving on")
     return run
 
 
@@ -264,7 +264,7 @@ def test_a_detour_that_stops_is_withdrawn_and_used_again_when_it_is_back(
         ready_lab: GuestLab, start: Start, start_client: Start, hold: Hold):
     client, second = ready_lab.host("client"), ready_lab.host("detour2")
     command = ["detour-server", "--allow-remote", "10.0.0.0/8"]
-    server = start(second, command, "listening|ready")
+    server = start(second, command, "serving on")
     daemon = start_client(client, "detour2", "--probe-interval", 1)
     hold(client)
     through = [[detour_of(ready_lab, "detour2"), "direct"]]
@@ -276,7 +276,7 @@ def test_a_detour_that_stops_is_withdrawn_and_used_again_when_it_is_back(
     assert status(client)["detours"][0]["state"] == "down"
     client.run(["ss", "-K", "-t", "dst", detour_of(ready_lab, "detour2")])
     until(lambda: subflows(client) == [["direct"]])
-    start(second, command, "listening|ready")
+    start(second, command, "serving on")
     daemon.wait_line("answers again", PATIENCE)
     until(lambda: subflows(client) == through, "the subflow again")
     lifetime = listed(client)[entry_of(ready_lab, "detour2")]
