@@ -23,10 +23,11 @@ from rich.table import Table
 from detour_tools.errors import UserError
 from detour_tools.lab.demo import hand_over
 from detour_tools.lab.network import need_root
-from tests.bench import adding, bed, bulk, connections, joins, mappings
+from tests.bench import adding, bed, bulk, connections, joins, kernel_manager, mappings
 from tests.bench.figures import Figure
 
-BENCHES = {bench.NAME: bench for bench in (mappings, adding, connections, bulk, joins)}
+BENCHES = {bench.NAME: bench
+           for bench in (mappings, adding, connections, bulk, joins, kernel_manager)}
 
 
 def main() -> int:

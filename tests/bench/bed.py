@@ -25,6 +25,7 @@ from detour_tools.netlink.socket import NetlinkSocket
 _PREFIX = "bench"
 _NETLINK_NETFILTER = 12
 _CONNTRACK_DELETE = 1 << 8 | 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE: all of them
+_PATIENCE = 60.0  # Python takes seconds to start where the processor is emulated
 _SOURCE = Path(__file__).with_name("load.c")
 
 
@@ -52,14 +53,14 @@ class Program:
             self._check()
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 return probe.connect_ex(str(path)) == 0
-        wait_for(answers, 20, f"{self.name} to serve")
+        wait_for(answers, _PATIENCE, f"{self.name} to serve")
 
     def wait_output(self, text: str) -> None:
         """Wait until the program has said ``text``."""
         def said() -> bool:
             self._check()
             return text in self.output.read_text(errors="replace")
-        wait_for(said, 20, f"{self.name} to say {text!r}")
+        wait_for(said, _PATIENCE, f"{self.name} to say {text!r}")
 
     def call(self, command: str, **arguments: Any) -> Any:
         """Ask it over its control socket."""

@@ -164,7 +164,7 @@ def _capture_joins(bed: Bed, ports: list[int]) -> list[float]:
     with Capture(bed.host("client"), "L1", path, expression="tcp", snaplen=128):
         _open(bed, ports)
         pause(0.2)
-    return _delays(path)
+    return delays_in(path)
 
 
 def _open(bed: Bed, ports: list[int]) -> None:
@@ -180,17 +180,17 @@ def _open(bed: Bed, ports: list[int]) -> None:
             pause(0.02)
 
 
-def _delays(path: Path) -> list[float]:
+def delays_in(path: Path) -> list[float]:
+    """Seconds from ESTABLISHED to the join, by a capture at the client."""
     tokens: dict[Endpoint, bytes] = {}  # by the client's end
     established: dict[bytes, float] = {}
     joins: dict[bytes, float] = {}
     for each in segments(path):
-        from_server = each.source.port >= _PORT and each.source.port < _PORT + _PORTS
         for subtype, option in _mptcp_options(each.options):
             if subtype == _MP_CAPABLE and each.flags & (_SYN | _ACK) == _SYN | _ACK:
                 # RFC 8684, section 3.2: the token is the first 32 bits of the key's hash.
                 tokens[each.destination] = hashlib.sha256(option[4:12]).digest()[:4]
-            elif from_server and not each.flags & _SYN and (
+            elif not each.flags & _SYN and (
                     subtype == _ADD_ADDR or (subtype == _DSS and option[3] & 1)):
                 token = tokens.get(each.destination)
                 if token is not None:

@@ -8,6 +8,9 @@
  *   load echo PORT COUNT               MPTCP: answer each byte with itself
  *   load mptcp ADDRESS PORT RATE SECONDS HOLD-MS
  *                                      MPTCP connections at RATE, each open for HOLD-MS
+ *   load joined ADDRESS PORT COUNT STEP
+ *                                      MPTCP connections, one after the other, to PORT, PORT + STEP
+ *                                      and so on, each until a second subflow is established
  *
  * Servers run until they are killed and say "serving"; clients print JSON.
  */
@@ -32,6 +35,7 @@
 #define MPTCP_TCPINFO_ 2
 #define TCP_STATE_ESTABLISHED 1
 #define EVENTS 256
+#define JOIN_SECONDS 5
 
 static void fail(const char *what)
 {
@@ -306,6 +310,36 @@ static int mptcp_load(const char *address, int port, double rate, double seconds
 	return 0;
 }
 
+static int joined_load(const char *address, int port, int count, int step)
+{
+	const struct timespec a_little = { .tv_nsec = 2000000 };
+	int opened = 0, joined = 0;
+
+	for (; opened < count; opened++) {
+		struct sockaddr_in to = address_of(address, port + opened * step);
+		int fd = socket(AF_INET, SOCK_STREAM, IPPROTO_MPTCP_);
+		char byte = 'x';
+		double start;
+
+		if (fd < 0)
+			fail("socket");
+		if (connect(fd, (struct sockaddr *)&to, sizeof(to)))
+			fail("connect");
+		if (write(fd, &byte, 1) != 1 || read(fd, &byte, 1) != 1)
+			fail("echo");
+		for (start = now(); now() < start + JOIN_SECONDS;) {
+			if (established_subflows(fd) >= 2) {
+				joined++;
+				break;
+			}
+			nanosleep(&a_little, NULL);
+		}
+		close(fd);
+	}
+	printf("{\"opened\": %d, \"joined\": %d}\n", opened, joined);
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	const char *mode = argc > 1 ? argv[1] : "";
@@ -326,6 +360,8 @@ int main(int argc, char **argv)
 	if (!strcmp(mode, "mptcp") && argc == 7)
 		return mptcp_load(argv[2], atoi(argv[3]), atof(argv[4]), atof(argv[5]),
 				  atof(argv[6]) / 1000);
+	if (!strcmp(mode, "joined") && argc == 6)
+		return joined_load(argv[2], atoi(argv[3]), atoi(argv[4]), atoi(argv[5]));
 	fprintf(stderr, "usage: see the top of load.c\n");
 	return 2;
 }
