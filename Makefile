@@ -4,8 +4,9 @@
 # Root must leave no files of its own in a user's tree.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis)
 BIN  := .venv/bin
+KERNEL_SCRIPTS := kernel/build kernel/check kernel/export kernel/import
 .DEFAULT_GOAL := help
-.PHONY: help venv demo walkthrough test lint bench
+.PHONY: help venv demo walkthrough test lint kernel test-vm bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,8 +25,17 @@ test: venv ## run the unit tests and the tests on network namespaces
 	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider)
 
 lint: venv ## ruff and mypy --strict
-	@$(BIN)/ruff check src tests
+	@$(BIN)/ruff check src tests kernel $(KERNEL_SCRIPTS)
 	@$(BIN)/mypy
+	@MYPYPATH=kernel $(BIN)/mypy -p detour_kernel
+
+kernel: ## build a kernel for VMs, with Debian packages, or find it in the cache
+	@scripts/setup kernel
+	@kernel/build
+
+test-vm: kernel ## run the tests that boot this kernel in virtual machines
+	@scripts/setup vm
+	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider) tests/vm
 
 bench: ## run the benchmarks, each against its baseline; results land in bench-results/
 	@scripts/setup bench

@@ -201,19 +201,14 @@ class Objects:
     def make(self, targets: list[str], what: str, *, suffix: str, version: str,
              log: Path | None = None, **variables: str) -> None:
         """Run make for the targets."""
-        self._stamp.touch()
         # The same input gives the same kernel: no clock, no counter, no host name.
         date = time.strftime("%Y-%m-%d %H:%M:%S UTC",
                              time.gmtime(self.tree.base.archive.stat().st_mtime))
         env = {"KBUILD_BUILD_TIMESTAMP": date, "KBUILD_BUILD_USER": "detour-tools",
                "KBUILD_BUILD_HOST": "localhost", "KBUILD_BUILD_VERSION": version, **variables}
-        try:
-            run_logged(["make", f"O={self.path.name}", f"-j{self._jobs}", f"LOCALVERSION={suffix}",
-                        *targets], what=what, log=log or self.log, lock=self._lock,
-                       cwd=self.tree.path, env=env)
-        finally:
-            # Not reached after a kill -9: then what was being written is not to be trusted.
-            self._stamp.unlink(missing_ok=True)
+        run_logged(["make", f"O={self.path.name}", f"-j{self._jobs}", f"LOCALVERSION={suffix}",
+                    *targets], what=what, log=log or self.log, lock=self._lock,
+                   cwd=self.tree.path, env=env, stamp=self._stamp)
 
     def _distrust(self) -> None:
         since = self._stamp.stat().st_mtime

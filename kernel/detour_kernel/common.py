@@ -151,14 +151,17 @@ def clock(seconds: float) -> str:
 
 
 def run_logged(command: Sequence[str | Path], *, what: str, log: Path, lock: Lock, cwd: Path,
-               env: Mapping[str, str] | None = None) -> None:
+               env: Mapping[str, str] | None = None, stamp: Path | None = None) -> None:
     """Run a long command with its output in ``log``, telling now and then how far it is.
 
-    A Problem names the first error in the log. On a signal the command is ended first.
+    A Problem names the first error in the log. On a signal the command is ended first. The file
+    ``stamp`` is there while it runs, and stays when something was killed while writing.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     say(f"{what} (log: {log})")
+    if stamp:
+        stamp.touch()
     with log.open("wb") as output:
         # A process group of its own, so that we can end all of it; and should we be killed,
         # make is told, and tidies up.
@@ -174,8 +177,11 @@ def run_logged(command: Sequence[str | Path], *, what: str, log: Path, lock: Loc
                         break
                     tell()
         except BaseException:
-            _end(process)
+            if _end(process) and stamp:
+                stamp.unlink(missing_ok=True)
             raise
+    if stamp:
+        stamp.unlink(missing_ok=True)
     if process.returncode:
         raise Problem(f"{what} failed: {_first_error(log)} (log: {log})")
     say(f"{what}: done in {clock(time.monotonic() - began)}")
@@ -197,13 +203,18 @@ def _news(what: str, log: Path, began: float) -> Iterator[Callable[[], None]]:
     yield tell
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> bool:
+    """End the command with all it started; whether it ended by itself."""
+    tidy = False
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGCONT)  # should somebody have stopped it
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_SECONDS_TO_END)
+            tidy = True
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    return tidy
 
 
 def _first_error(log: Path) -> str:
