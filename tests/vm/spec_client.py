@@ -11,8 +11,8 @@ keeps. It does what each line of its input says, and prints a line for each:
     hear SECONDS                        the next REQ that comes: "req ADDRESS PORT", or "nothing"
     send COMMAND [TYPE:HEX]...          any command with any attributes
     bytes HEX                           a message as it is, its family and sequence number put in
-    fill COUNT ADDRESS PORT             NAT detours of that remote: says how many were taken, and
-                                        the last answer
+    fill COUNT ADDRESS PORT             NAT detours, 64 for each port from PORT on of that remote:
+                                        says how many were taken, and the last answer
     family                              "VERSION HEADER GROUP..." of the family
 
 The answer is ``ok``, or ``ERRNO TEXT`` with the kernel's explanation.
@@ -135,10 +135,11 @@ def entry(words: list[str]) -> list[tuple[int, bytes]]:
             (REMOTE_PORT, struct.pack("!H", int(remote_port)))]
 
 
-def fill(client: Client, count: int, remote: str, port: str) -> str:
+def fill(client: Client, count: int, remote: str, port: int) -> str:
     for number in range(count):
         try:
-            client.command(ADD, entry([f"10.{number >> 8}.{number & 255}.1", "5000", remote, port]))
+            client.command(ADD, entry([f"10.{number >> 8}.{number & 255}.77", "5000", remote,
+                                       str(port + number // 64)]))
         except Refused as answer:
             return f"{number} {answer}"
     return f"{count} ok"
@@ -163,7 +164,7 @@ def do(client: Client, words: list[str]) -> str:
         case ["bytes", data]:
             client.ask(client.family, bytes.fromhex(data), ACK)
         case ["fill", count, remote, port]:
-            return fill(client, int(count), remote, port)
+            return fill(client, int(count), remote, int(port))
         case ["family"]:
             version, header = (struct.unpack("=I", client.about[each])[0]
                                for each in (FAMILY_VERSION, FAMILY_HEADER))

@@ -46,7 +46,14 @@ class Net:
         self.vm = vm
         self.programs = build(vm)
         self.name = f"k{next(_numbers)}"
+        self._then: dict[str, dict[str, int]] = {}
         vm.run([HERE / "network", "up", self.name])
+
+    def reset(self) -> None:
+        """Use it for another test: no entries, sysctls as they were, counters from 0."""
+        self.run("c", self.programs / "messages", "flush")
+        self.set("pm_type=2", "detour_subflows=2", "detour_upgrade_tcp=0")
+        self._then = {host: self._counters(host) for host in "cs"}
 
     def down(self) -> None:
         self.vm.run([HERE / "network", "down", self.name])
@@ -79,14 +86,22 @@ class Net:
         self.run("c", "sysctl", "-q", *(f"net.mptcp.{each}" for each in settings))
 
     def counters(self, host: str = "c") -> dict[str, int]:
-        """The MIB, of MPTCP and TCP, without prefixes: "DetourNatJoin"."""
-        lines = self.run(host, "nstat", "-asz", "MPTcpExt*", "Tcp*").splitlines()[1:]
+        """How the MIB of MPTCP grew since the last reset, without prefixes: "DetourNatJoin"."""
+        then = self._then.get(host, {})
+        return {name: value - then.get(name, 0) for name, value in self._counters(host).items()}
+
+    def _counters(self, host: str) -> dict[str, int]:
+        lines = self.run(host, "nstat", "-asz", "MPTcpExt*").splitlines()[1:]
         return {words[0].removeprefix("MPTcpExt"): int(words[1])
                 for words in map(str.split, lines)}
 
     def wait_counter(self, name: str, value: int, timeout: float = PATIENCE) -> None:
         """Wait until a counter of the client is not less."""
         wait_for(lambda: self.counters()[name] >= value, timeout, f"{name} {value}")
+
+    def wait_closed(self) -> None:
+        """Wait until no connection of the client is established."""
+        wait_for(lambda: not self._counters("c")["MPCurrEstab"], PATIENCE, "the end of connections")
 
     def entries(self, host: str = "c") -> int:
         return int(self.run(host, self.programs / "messages", "list"))
