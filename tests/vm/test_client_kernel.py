@@ -24,7 +24,7 @@ SYSCTLS = ("net.mptcp.pm_type", "net.mptcp.detour_subflows", "net.mptcp.detour_u
 UNTOUCHED = ["0", "2", "0"]
 STRANGER = ("192.0.2.1:5001", REMOTE)  # an entry for no detour of ours
 # Python takes a second or two to start in a VM without acceleration.
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 Start = Callable[..., Daemon]
 Hold = Callable[..., None]
