@@ -119,10 +119,11 @@ class Session:
         self._send("size", str(rows), str(columns))
 
     def power_off(self) -> None:
-        """Have the VM end its programs and switch itself off."""
+        """Have the VM end its programs and switch itself off; returns after some seconds anyway."""
         self._send("\npoweroff")
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         with contextlib.suppress(UserError):
-            while True:
+            while time.monotonic() < deadline:
                 self._turn()
 
     def close(self) -> None:
