@@ -313,6 +313,8 @@ class Session:
                     self.resize(next(iter(self.outputs)), words[1:])
                 elif words[0] == b"signal":
                     os.killpg(pid, int(words[1]))
+                elif words[0] == b"poweroff":
+                    os.kill(1, signal.SIGUSR1)
                 elif words[0] == b"open" and len(words) in {5, 7}:
                     self.again = words
                     raise Gone
