@@ -207,7 +207,7 @@ def test_there_are_limits(net: Net):
     full = "ENOSPC too many detours"
     assert net.spec(f"fill 64 {REMOTE} {SERVERS}", f"add {nat()}", f"add {nat(1)}", "add lo",
                     f"del 10.0.0.77 5000 {REMOTE} {SERVERS}", f"add {nat()}",
-                    f"add 10.0.1.77 5000 {REMOTE} {SERVERS}") == [
+                    f"add 192.0.2.1 5000 {REMOTE} {SERVERS}") == [
         "64 ok", full, "ok", "ok", "ok", "ok", full]
     net.run("c", net.programs / "messages", "flush")
     # An entry that is there is renewed, nevertheless.

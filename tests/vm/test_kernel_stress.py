@@ -33,21 +33,28 @@ Census = dict[str, int]
 Answers = dict[str, dict[str, int]]
 
 
-def census(vm: Vm) -> Census:
+def count(vm: Vm) -> Census:
     """How much there is of everything in the whole kernel, namespaces that are going included."""
-    lines = vm.run(f"cd /sys/kernel/slab; for slab in {' '.join(SLABS)}; do echo 1 >$slab/shrink; "
-                   "echo $slab $(cat $slab/objects); done").stdout.splitlines()
-    return {name: int(number) for name, number, *_ in map(str.split, lines)}
+    # A namespace is freed only when the next one goes: let one go.
+    lines = vm.run(f"unshare -n true; cd /sys/kernel/slab; for slab in {' '.join(SLABS)}; do "
+                   "echo 1 >$slab/shrink; echo $slab $(cat $slab/objects); done").stdout
+    return {name: int(number) for name, number, *_ in map(str.split, lines.splitlines())}
+
+
+def census(vm: Vm) -> Census:
+    """The same, once it does not change."""
+    before, now = None, count(vm)
+    while before != now:
+        time.sleep(1)
+        before, now = now, count(vm)
+    return now
 
 
 def wait_gone(vm: Vm, before: Census, timeout: float = 120) -> None:
     """Wait until there is no more of anything than before."""
     deadline = time.monotonic() + timeout
-    while True:
-        now = census(vm)
-        if all(number <= before[name] for name, number in now.items()):
-            return
-        assert time.monotonic() < deadline, f"before: {before}, left: {now}"
+    while any(number > before[name] for name, number in count(vm).items()):
+        assert time.monotonic() < deadline, f"before: {before}, left: {count(vm)}"
         time.sleep(0.5)
 
 
@@ -135,8 +142,8 @@ def test_servers_and_clients_with_the_same_path_manager(net: Net):
 def test_namespaces_go_with_all_in_them(vm: Vm):
     programs = build(vm)
     before = census(vm)
-    graves = vm.run([HERE / "graves", "grave", 8, programs], timeout=300).stdout
-    assert graves.count("grave") == 8
+    graves = vm.run([HERE / "graves", "grave", 6, programs], timeout=300).stdout
+    assert graves.count("grave") == 6
     for name in ("MPJoinAckRx", "DetourReqTx"):
         assert all(int(number) for number in re.findall(rf"{name}=(\d+)", graves)), graves
     wait_gone(vm, before)
@@ -168,6 +175,7 @@ def test_the_daemon_is_killed_again_and_again(net: Net):
 
 
 def test_random_messages(net: Net):
+    net.set("detour_subflows=8")
     with net.serve(), net.held(count=3):
         scripts = [net.start("c", net.programs / "messages", "fuzz", 50_000, seed)
                    for seed in (7, 8)]
@@ -177,9 +185,9 @@ def test_random_messages(net: Net):
             done = answers(f"fuzz {script.lines[-1]}")["fuzz"]
             print(done)
             # Many were right, and many wrong in a way that was noticed.
-            assert done["add.OK"] > 1000
-            assert done["del.OK"] > 100
-            assert done["stat.ENOENT"] > 100
+            assert done["add.OK"] > 300
+            assert done["del.OK"] > 30
+            assert done["stat.OK"] > 30
             assert sum(number for name, number in done.items() if "EINVAL" in name) > 5000
         assert net.counters()["DetourNatJoin"] > 0
     still_works(net)

@@ -430,12 +430,10 @@ static void fuzz(int count, int seed)
 			for (struct nlmsghdr *h = (void *)buffer; NLMSG_OK(h, left);
 			     h = NLMSG_NEXT(h, left)) {
 				int error = -((struct nlmsgerr *)NLMSG_DATA(h))->error;
-				struct genlmsghdr *back = (void *)(((struct nlmsgerr *)
-							NLMSG_DATA(h)) + 1);
 
 				if (h->nlmsg_type == NLMSG_ERROR && error >= 0 && error < 200)
-					answers[back->cmd < 7 && h->nlmsg_len >= 40 ?
-						back->cmd : 0][error]++;
+					answers[h->nlmsg_seq == sequence && command < 7 ?
+						command : 0][error]++;
 			}
 		}
 		while (recv(passive, buffer, sizeof(buffer), MSG_DONTWAIT) > 0)
