@@ -110,7 +110,8 @@ def wanted(config: Config, *, detour: bool) -> list[fragments.Line]:
     """The merged lines of a configuration's fragments; with ``detour`` also our own option."""
     names = [*config.fragments, *(["detour"] if detour else [])]
     return fragments.merge(
-        fragments.parse((KERNEL / "configs" / f"{name}.config").read_text(), f"{name}.config")
+        fragments.parse((KERNEL / "configs" / f"{name}.config").read_text(),
+                        f"kernel/configs/{name}.config")
         for name in names)
 
 
@@ -195,7 +196,7 @@ class Objects:
         lost = fragments.lost((self.path / ".config").read_text(), list(lines), modules=bool(start))
         if lost:
             more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
-            raise Problem(f"kernel/configs/{lost[0].where}: '{lost[0].text}' did not survive in "
+            raise Problem(f"{lost[0].where}: '{lost[0].text}' did not survive in "
                           f".config (a dependency is missing, or no such option){more}")
 
     def make(self, targets: list[str], what: str, *, suffix: str, version: str,

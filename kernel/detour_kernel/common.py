@@ -129,6 +129,7 @@ class Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        os.ftruncate(self.file, 0)
         os.close(self.file)
 
 
