@@ -4,7 +4,7 @@
 # Root must leave no files of its own in a user's tree.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis)
 BIN  := .venv/bin
-KERNEL_SCRIPTS := kernel/build kernel/check kernel/export kernel/import
+KERNEL_SCRIPTS := kernel/build kernel/check kernel/export kernel/import kernel/selftests
 .DEFAULT_GOAL := help
 .PHONY: help venv demo walkthrough test lint kernel test-vm bench
 

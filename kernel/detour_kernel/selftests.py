@@ -328,9 +328,22 @@ def compare(files: list[Path], others: list[Path]) -> tuple[str, bool]:
               "what upstream marks as flaky.", ""]
     differing = sum(one.unfinished(name) or two.unfinished(name) or one.log(name) != two.log(name)
                     for name in both)
+    # What one side alone ran is named by its command, and not subtest by subtest.
+    alone: set[tuple[str, str]] = set()
+    for side, other in ((one, two), (two, one)):
+        only = []
+        for program in both:
+            for ran in side.all[program]:
+                keys = {(program, name) for name, _ in ran.subtests}
+                if keys and not keys & other.results.keys():
+                    alone |= keys
+                    only.append(f"`{ran.program}`")
+        if only:
+            differing += 1
+            lines += [f"Not run on {other.kernel}: {', '.join(only)}.", ""]
     rows = []
     for key in dict.fromkeys([*one.results, *two.results]):
-        if key[0] not in both:
+        if key[0] not in both or key in alone:
             continue
         left, right = one.results.get(key, ["not run"]), two.results.get(key, ["not run"])
         if len({*left, *right}) == 1:

@@ -35,7 +35,7 @@ def test_equal_results_are_counted_by_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["not ok 1 - a: one # time=1ms", "ok 1 - a: one # SKIP time=1ms",
-                                   "ok 1 - a: other # time=1ms"])
+                                   "ok 1 - a: one # IGNORE Flaky time=1ms"])
 def test_a_difference_is_listed_and_told_by_the_status(tmp_path: Path, other: str) -> None:
     status, out, _ = compare(results(tmp_path / "1", "old", "ok 1 - a: one # time=1ms"),
                              "--with", results(tmp_path / "2", "new", other))
@@ -73,3 +73,13 @@ def test_files_of_two_kernels_are_not_mixed(tmp_path: Path) -> None:
     status, _, err = compare(one, two, "--with", two)
     assert status == 1
     assert err == f"selftests: {two} is of new, and {one} of old\n"
+
+
+def test_what_one_side_alone_ran_is_named_and_no_success(tmp_path: Path) -> None:
+    one = results(tmp_path / "1", "old", "ok 1 - a: one # time=1ms", program="a.sh -f")
+    more = results(tmp_path / "2", "old", "ok 1 - a: two # time=1ms", program="a.sh -e")
+    new = results(tmp_path / "3", "new", "ok 1 - a: one # time=1ms", program="a.sh -f")
+    status, out, _ = compare(one, more, "--with", new)
+    assert status == 2
+    assert "Not run on new: `a.sh -e`." in out
+    assert "**differs**" not in out
