@@ -2,6 +2,7 @@
 """The kernel's path manager: its interface, as a stranger would use it, and its own tests."""
 
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.vm.kernel.net import (
     nat,
 )
 
+ROOT = Path(__file__).parents[2]
 KUNIT = Path("/sys/kernel/debug/kunit")
 # 192.168.0.2:80 for 130.104.230.45:80, attribute by attribute.
 IP, PORT, REMOTE_IP, REMOTE_PORT = "1:c0a80002", "2:0050", "3:8268e62d", "4:0050"
@@ -252,3 +254,12 @@ def test_unit_tests_of_the_kernel(vm: Vm, suite: str):
     assert len(cases) == int(planned[1]) > 0
     assert "not ok" not in results
     assert "SKIP" not in results
+
+
+def test_the_selftest_of_the_series(vm_kernel: Path, tmp_path: Path):
+    done = subprocess.run([ROOT / "kernel" / "selftests", "run", "--kernel", vm_kernel,
+                           "-o", tmp_path, "detour.sh"], capture_output=True, text=True,
+                          check=False, timeout=1800)
+    results = (tmp_path / "results.tap").read_text() if done.returncode != 1 else ""
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{results}"
+    assert results.count("\nok ") >= 20, results
