@@ -32,7 +32,7 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser()
     parser.add_argument("load", type=Path)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--joins", type=int, default=40, help="of each kind, a round")
     parser.add_argument("--rate", type=float, default=20, help="connections a second")
     parser.add_argument("--seconds", type=int, default=10, help="of load, a round")

@@ -44,7 +44,7 @@ def run(say: Callable[[str], None], *, quick: bool, load: Path) -> Iterator[Figu
     with vm.Machine.start(settings) as machine:
         release = machine.run(["uname", "-r"]).stdout.strip()
         say(f"Linux {release}, {'KVM' if vm.kvm_works() else 'emulated by QEMU'}")
-        yield from _uploads(say, machine, rounds=1 if quick else 3)
+        yield from _uploads(say, machine, rounds=1 if quick else 2)
         yield from _five_paths(say, machine)
         yield from _joins_and_time(say, machine, load, quick=quick)
 
