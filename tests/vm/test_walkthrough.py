@@ -54,7 +54,7 @@ def test_from_end_to_end(vm_kernel: Path, name: str, path_manager: str, tmp_path
     assert status == 0
     assert left(name) == []
     assert "✗" not in story
-    assert story.count("✓") == (21 if path_manager == "kernel" else 11)
+    assert story.count("✓") == (20 if path_manager == "kernel" else 10)
     assert ("mptcpize run nc" in story) == (path_manager == "userspace")
     assert {each.name for each in output.iterdir()} == {
         "client.pcap", "detour.pcap", "server.pcap", "dmesg.txt"}
