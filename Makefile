@@ -6,10 +6,10 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1 HYPOTHES
 BIN  := .venv/bin
 KERNEL_SCRIPTS := kernel/build kernel/check kernel/export kernel/import kernel/selftests
 .DEFAULT_GOAL := help
-.PHONY: help venv demo walkthrough test lint kernel test-vm bench
+.PHONY: help venv demo walkthrough test lint kernel test-vm test-vm-debug bench
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: ## install what is needed: distribution packages, and .venv with the console scripts
 	@scripts/setup
@@ -36,6 +36,11 @@ kernel: ## build a kernel for VMs, with Debian packages, or find it in the cache
 test-vm: kernel ## run the tests that boot this kernel in virtual machines
 	@scripts/setup vm
 	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider) tests/vm
+
+test-vm-debug: ## run the tests of the kernel on one that watches itself; it takes half an hour to build
+	@scripts/setup kernel vm
+	@kernel/build --config debug
+	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider) tests/vm/test_kernel.py tests/vm/test_kernel_stress.py --kernel debug --vm-memory 3072
 
 bench: ## run the benchmarks, each against its baseline; results land in bench-results/
 	@scripts/setup bench
