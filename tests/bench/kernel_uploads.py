@@ -16,6 +16,8 @@ from detour_tools.lab.network import Host
 from detour_tools.lab.topology import Topology
 
 PORT = 5201
+# The links' rates in the reference network, in relation to each other.
+CORE_LIMITED = {"L1": 2, "L2": 1, "L3": 2, "L4": 1, "L5": 1, "L6": 2}
 # Python takes seconds to start where the processor is emulated.
 _PATIENCE = 60.0
 # How a program gets Multipath TCP: with the kernel's path manager it is not even told.

@@ -4,12 +4,11 @@
 import pytest
 
 from detour_tools.lab.topology import reference_topology
-from tests.bench.kernel_uploads import Uploads
+from tests.bench.kernel_uploads import CORE_LIMITED, Uploads
 from tests.vm.conftest import MakeVmLab
 
 # What the demo claims of the userspace path manager.
 WANTED_SHARE = 0.95
-CORE_LIMITED = {"L1": 2, "L2": 1, "L3": 2, "L4": 1, "L5": 1, "L6": 2}
 # Bytes: far more than goes over a path that an upload does not use, and what also a busy machine
 # gets through.
 USED = 1 << 19
@@ -31,8 +30,8 @@ def test_an_upload_has_the_sum_of_both_paths(vm_lab: MakeVmLab):
                 shares = {manager: each.mbps / sum(plain) for manager, each in by.items()}
                 told.append((rate, plain, by, shares))
                 print(told[-1])
-                # Half of the sum, and a path would have been idle.
-                assert min(plain) > 0.4 * sum(plain), told
+                # By far the slower path still matters to the sum.
+                assert min(plain) > 0.25 * sum(plain), told
                 assert min(by["kernel"].bytes_by_link.values()) > USED, told
                 if shares["kernel"] >= WANTED_SHARE:
                     return
