@@ -22,10 +22,19 @@ from tests.netns.conftest import traces, unique_lab_name
 DETOUR_LAB = str(Path(sysconfig.get_path("scripts"), "detour-lab"))
 
 
+_before: dict[str, set[str]] = {}
+
+
+def _folders() -> set[str]:
+    """The folders of the VMs there are, that of the tests' own VM among them."""
+    return {str(path) for path in vm.root_folder().glob("vm-*")}
+
+
 @pytest.fixture
 def name() -> Iterator[str]:
     """A name for a lab; it is gone after the test."""
     made = unique_lab_name()
+    _before[made] = _folders()
     yield made
     Lab(reference_topology(), made).down()
 
@@ -33,8 +42,7 @@ def name() -> Iterator[str]:
 def left(name: str) -> list[str]:
     """Everything that the walk-through of that name left."""
     vm.remove_leftovers()
-    return traces(name) + [str(path) for path in vm.root_folder().glob("vm-*")
-                           if str(os.getpid()) in path.name]
+    return traces(name) + sorted(_folders() - _before[name])
 
 
 @pytest.fixture(params=["kernel", "userspace"])
