@@ -4,6 +4,7 @@
 # Root must leave no files of its own in a user's tree.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis)
 BIN  := .venv/bin
+VM_TESTS := tests/vm
 KERNEL_SCRIPTS := kernel/build kernel/check kernel/export kernel/import kernel/selftests
 .DEFAULT_GOAL := help
 .PHONY: help venv demo walkthrough test lint kernel test-vm test-vm-debug bench
@@ -35,7 +36,7 @@ kernel: ## build a kernel for VMs, with Debian packages, or find it in the cache
 
 test-vm: kernel ## run the tests that boot this kernel in virtual machines
 	@scripts/setup vm
-	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider) tests/vm
+	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider) $(VM_TESTS)
 
 test-vm-debug: ## run the tests of the kernel on one that watches itself; it takes half an hour to build
 	@scripts/setup kernel vm
