@@ -27,6 +27,8 @@ from binascii import Error, a2b_base64, b2a_base64
 _CHUNK = 32768
 _QUEUED = 65536  # how much waits for a reader before we stop reading for it
 _TERM_SECONDS = 3.0
+# That one session has ended is told by another queue than the next one's data, and may come later.
+_AWAY_SECONDS = 1.0
 _NOTES = "/run/detour-vm/notes"
 
 
@@ -41,6 +43,19 @@ class Port:
         self.fd = fd
         self._in = b""
         self.out = b""
+        self._away_since: float | None = None
+
+    def check(self, event: int) -> None:
+        """Note whether the host is there, from what poll said; raises Gone when it stays away."""
+        if not event & select.POLLHUP:
+            self._away_since = None
+            return
+        now = time.monotonic()
+        if self._away_since is None:
+            self._away_since = now
+        if now - self._away_since > _AWAY_SECONDS:
+            raise Gone
+        time.sleep(0.01)  # poll returns at once meanwhile
 
     def lines(self) -> list[bytes]:
         """The lines that have come; raises Gone."""
@@ -51,7 +66,7 @@ class Port:
         except OSError as error:
             raise Gone from error
         if not data:
-            raise Gone
+            self.check(select.POLLHUP)
         *lines, self._in = (self._in + data).split(b"\n")
         return [line for line in lines if line]
 
@@ -72,8 +87,8 @@ class Port:
         poller = select.poll()
         poller.register(self.fd, select.POLLOUT)
         while self.out:
-            if any(event & select.POLLHUP for _, event in poller.poll()):
-                raise Gone
+            for _, event in poller.poll():
+                self.check(event)
             self.flush()
 
 
@@ -285,13 +300,14 @@ class Session:
             if len(self.port.out) < _QUEUED:
                 for fd in self.outputs:
                     poller.register(fd, select.POLLIN)
-            for fd, event in poller.poll():
-                if fd == self.port.fd:
-                    if event & select.POLLIN:
-                        self.take(pid)
-                    elif event & select.POLLHUP:
-                        raise Gone
-                elif fd == ended:
+            events = dict(poller.poll())
+            port = events.pop(self.port.fd, 0)
+            if port & select.POLLIN:
+                self.take(pid)
+            else:
+                self.port.check(port)
+            for fd in events:
+                if fd == ended:
                     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                     self.empty()
                     return status
