@@ -4,7 +4,6 @@
 import errno
 from collections.abc import Mapping
 
-from detour_tools import runtime, sysctl
 from detour_tools.errors import UserError
 from detour_tools.netlink.codec import NetlinkError
 from detour_tools.netlink.socket import GenericNetlink
@@ -17,9 +16,9 @@ from detour_tools.pathmanager.base import (
     PathCommand,
     Withdraw,
 )
+from detour_tools.pathmanager.borrowing import BorrowingPathManager, need_mptcp
 from detour_tools.pathmanager.detour_family import open_family
 from detour_tools.pathmanager.events import EventListener, Source
-from detour_tools.pathmanager.userspace import JOURNAL, need_mptcp
 
 SYSCTL = ("net.mptcp.pm_type", "2")
 """The sysctl that chooses this path manager, and its value."""
@@ -30,7 +29,7 @@ MOST_SUBFLOWS = 8
 """Subflows of a connection at most, the first included."""
 
 
-class KernelPathManager:
+class KernelPathManager(BorrowingPathManager):
     """The ``DETOUR`` family of this network namespace."""
 
     name = "kernel"
@@ -42,37 +41,18 @@ class KernelPathManager:
         ``subflows`` is what a connection has at most, the first included. ``sysctls`` are set
         besides those of the path manager.
         """
-        self._commands = open_family()
+        commands = open_family()
         need_mptcp()
-        self._wanted = {SUBFLOWS_SYSCTL: str(min(subflows, MOST_SUBFLOWS)), **sysctls,
-                        SYSCTL[0]: SYSCTL[1]}
         try:
             with_events = GenericNetlink(codec.FAMILY)
             with_events.close()
-            self._events = EventListener([
+            events = EventListener([
                 Source(with_events.family, codec.EVENT_GROUP, codec.decode_event),
-                Source(self._commands.family, detour_codec.REQUEST_GROUP, _decode_request)])
+                Source(commands.family, detour_codec.REQUEST_GROUP, _decode_request)])
         except (OSError, KeyError) as error:
             raise UserError(f"cannot listen to the kernel's path manager: {error}") from None
-        self._sysctls = sysctl.BorrowedSysctls(runtime.make_directory() / JOURNAL)
-
-    def start(self) -> None:
-        """Switch this network namespace's new sockets to the detour path manager."""
-        self._sysctls.hold(self._wanted)
-
-    def stop(self) -> None:
-        """Switch back, and close the sockets."""
-        self._sysctls.restore()
-        self._events.close()
-        self._commands.close()
-
-    def fileno(self) -> int:
-        """Readable when there are events."""
-        return self._events.fileno()
-
-    def receive(self) -> list[Event] | None:
-        """Some pending events, None when there are none; raises EventsLostError."""
-        return self._events.receive()
+        super().__init__(commands, events, {
+            SUBFLOWS_SYSCTL: str(min(subflows, MOST_SUBFLOWS)), **sysctls, SYSCTL[0]: SYSCTL[1]})
 
     def perform(self, command: PathCommand) -> None:
         """Add or delete an entry; raises OSError when that cannot be done."""

@@ -4,30 +4,17 @@
 import errno
 from collections.abc import Mapping
 
-from detour_tools import runtime, sysctl
+from detour_tools import sysctl
 from detour_tools.errors import UserError
 from detour_tools.netlink.codec import NetlinkError
 from detour_tools.netlink.socket import GenericNetlink
 from detour_tools.pathmanager import codec
-from detour_tools.pathmanager.base import CreateSubflow, Event, Offered, PathCommand
+from detour_tools.pathmanager.base import CreateSubflow, Offered, PathCommand
+from detour_tools.pathmanager.borrowing import BorrowingPathManager, need_mptcp
 from detour_tools.pathmanager.events import EventListener, Source
-
-JOURNAL = "detour-client.sysctls"
-"""Where all path managers remember the sysctls they borrowed, in the runtime folder."""
 
 # A connection's first address has id 0 (RFC 8684, section 3.2), and one address keeps one id.
 _INITIAL_ADDRESS_ID = 0
-
-
-def need_mptcp() -> None:
-    """Raise UserError unless this kernel has MPTCP, switched on, and we may manage its paths."""
-    enabled = sysctl.read("net.mptcp.enabled")
-    if enabled is None:
-        raise UserError("this kernel has no MPTCP",
-                        "a kernel with CONFIG_MPTCP, Linux 5.19 or newer, is needed")
-    runtime.need_capability("CAP_NET_ADMIN", "managing paths")
-    if enabled == "0":
-        raise UserError("MPTCP is switched off", "sysctl net.mptcp.enabled=1")
 
 
 def sysctl_setting() -> tuple[str, str]:
@@ -42,7 +29,7 @@ def sysctl_setting() -> tuple[str, str]:
     raise UserError("this kernel has no userspace path manager", "Linux 5.19 or newer is needed")
 
 
-class UserspacePathManager:
+class UserspacePathManager(BorrowingPathManager):
     """The ``mptcp_pm`` family of this network namespace."""
 
     name = "userspace"
@@ -54,33 +41,15 @@ class UserspacePathManager:
         ``sysctls`` are set besides the choice of path manager.
         """
         need_mptcp()
-        self._wanted = dict([sysctl_setting()]) | dict(sysctls)
+        wanted = dict([sysctl_setting()]) | dict(sysctls)
         try:
-            self._commands = GenericNetlink(codec.FAMILY)
-            self._events = EventListener([
-                Source(self._commands.family, codec.EVENT_GROUP, codec.decode_event)])
+            commands = GenericNetlink(codec.FAMILY)
+            events = EventListener([
+                Source(commands.family, codec.EVENT_GROUP, codec.decode_event)])
         except (OSError, KeyError) as error:
             raise UserError(f"cannot use the kernel's mptcp_pm netlink family: {error}",
                             "Linux 5.19 or newer is needed") from None
-        self._sysctls = sysctl.BorrowedSysctls(runtime.make_directory() / JOURNAL)
-
-    def start(self) -> None:
-        """Switch this network namespace's new sockets to the userspace path manager."""
-        self._sysctls.hold(self._wanted)
-
-    def stop(self) -> None:
-        """Switch back, and close the sockets."""
-        self._sysctls.restore()
-        self._events.close()
-        self._commands.close()
-
-    def fileno(self) -> int:
-        """Readable when there are events."""
-        return self._events.fileno()
-
-    def receive(self) -> list[Event] | None:
-        """Some pending events, None when there are none; raises EventsLostError."""
-        return self._events.receive()
+        super().__init__(commands, events, wanted)
 
     def perform(self, command: PathCommand) -> None:
         """Send a join; raises OSError when it cannot be sent."""
