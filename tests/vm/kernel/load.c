@@ -29,6 +29,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "let_fail.h"
+
 #define IPPROTO_MPTCP_ 262
 #define POOL 12
 
@@ -188,12 +190,7 @@ static void churn(double seconds, unsigned int seed, int port, int count, char *
 
 	while (addresses[number])
 		number++;
-	if (getenv("FAIL")) {
-		FILE *file = fopen("/proc/self/make-it-fail", "w");
-
-		if (!file || fputs("1", file) < 0 || fclose(file))
-			fail("make-it-fail");
-	}
+	let_fail("1");
 	srandom(seed);
 	memset(pool, -1, sizeof(pool));
 	while (now() < end) {
@@ -257,6 +254,7 @@ static void churn(double seconds, unsigned int seed, int port, int count, char *
 		}
 		pool[i] = -1;
 	}
+	let_fail("0");
 	printf("made=%d refused=%d", made, refused);
 	for (i = 0; i < ENDINGS; i++)
 		printf(" %s=%d", names[i], ended[i]);

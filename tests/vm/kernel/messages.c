@@ -13,9 +13,9 @@
  *   messages fuzz COUNT SEED        random messages; prints what was answered how often
  *   messages nth COUNT FILE         each command of the first and the last entry of FILE, and a new
  *                                   network namespace now and then, with each of their first COUNT
- *                                   allocations failing (for namespaces: COUNT of the first 4000)
+ *                                   allocations failing (for namespaces: one of the first 400)
  *
- * FAIL=1 in the environment: allocations of this program fail as /sys/kernel/debug/failslab says.
+ * FAIL=1 in the environment: allocations of the churn fail as /sys/kernel/debug/failslab says.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -32,6 +32,8 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "let_fail.h"
 
 enum { ECHO = 1, ADD, DEL, REQ, STAT, GET };
 enum { DETOUR_IP = 1, DETOUR_PORT, REMOTE_IP, REMOTE_PORT, IFNAME, DETOUR_IP6, REMOTE_IP6,
@@ -256,6 +258,7 @@ static void churn(double seconds, int seed, const char *path)
 	double end = now() + seconds;
 	struct message m;
 
+	let_fail("1");
 	srandom(seed);
 	while (now() < end && !stopped) {
 		struct entry *e = &entries[random() % number];
@@ -276,6 +279,7 @@ static void churn(double seconds, int seed, const char *path)
 		if (random() % 4 == 0)
 			usleep(random() % 5000);
 	}
+	let_fail("0");
 	tell();
 }
 
@@ -442,14 +446,6 @@ static void fuzz(int count, int seed)
 	tell();
 }
 
-static void let_fail(void)
-{
-	FILE *file = fopen("/proc/self/make-it-fail", "w");
-
-	if (!file || fputs("1", file) < 0 || fclose(file))
-		fail("make-it-fail");
-}
-
 static void fail_nth(int control, int number)
 {
 	char digits[16];
@@ -462,7 +458,7 @@ static void fail_nth(int control, int number)
 static void nth(int count, const char *path)
 {
 	static struct entry entries[4096];
-	int number = read_entries(path, entries, 4096), made = 0, unmade = 0, i, command, which;
+	int number = read_entries(path, entries, 4096), made = 0, unmade = 0, i, step, which;
 	int control = open("/proc/thread-self/fail-nth", O_RDWR | O_CLOEXEC), back = nl, error;
 	struct message m;
 
@@ -470,9 +466,9 @@ static void nth(int count, const char *path)
 		fail("fail-nth");
 	for (i = 1; i <= count; i++)
 		for (which = 0; which < 2; which++)
-			for (command = ADD; command <= GET; command++) {
-				if (command == REQ)
-					continue;
+			for (step = 0; step < 4; step++) {
+				int command = (int[]){ ADD, STAT, GET, DEL }[step];
+
 				/* A socket of its own: what was not answered is not for the next. */
 				nl = connected();
 				start(&m, family, command,
@@ -491,7 +487,7 @@ static void nth(int count, const char *path)
 			}
 	nl = back;
 	for (i = 0; i < count; i++) {
-		fail_nth(control, 1 + random() % 4000);
+		fail_nth(control, 1 + random() % 400);
 		error = unshare(CLONE_NEWNET);
 		fail_nth(control, 0);
 		error ? unmade++ : made++;
@@ -504,8 +500,6 @@ int main(int count, char **arguments)
 {
 	signal(SIGTERM, stop);
 	find_family();
-	if (getenv("FAIL"))
-		let_fail();
 	if (count == 2 && !strcmp(arguments[1], "list"))
 		printf("%d\n", list());
 	else if (count == 2 && !strcmp(arguments[1], "flush"))
