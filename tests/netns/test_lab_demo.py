@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from detour_tools.errors import UserError
-from detour_tools.lab import demo, results, transfers
+from detour_tools.lab import demo, results, tools, transfers
 from detour_tools.lab.captures import segments
 from detour_tools.lab.daemons import wait_for
 from tests.netns.conftest import traces
@@ -148,7 +148,7 @@ def test_two_demos_at_once(name: str, tmp_path: Path):
 
 
 def test_missing_tools_are_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(demo, "search_path", lambda: str(tmp_path))
+    monkeypatch.setattr(tools, "search_path", lambda: str(tmp_path))
     with pytest.raises(UserError, match=r"missing: ip, curl, iperf3, tcpdump, mptcpize \(install: "
                                         r"curl iperf3 iproute2 mptcpize tcpdump\)"):
         demo.run(tmp_path / "demo", name)

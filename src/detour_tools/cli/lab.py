@@ -17,7 +17,7 @@ from detour_tools.cli import common
 from detour_tools.errors import UserError
 
 try:
-    from detour_tools.lab import demo, graph, network, session, state, vm, vmlab, walkthrough
+    from detour_tools.lab import demo, graph, network, session, state, tools, vm, vmlab, walkthrough
 except ModuleNotFoundError as error:
     sys.exit(f"detour-lab: missing: the Python package {error.name} "
              "(install detour-tools[lab], or use 'make venv')")
@@ -275,7 +275,7 @@ def _in_vm(arguments: argparse.Namespace, *command: str) -> int | None:
 def _vm(arguments: argparse.Namespace) -> int:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     settings = _vm_settings(arguments)
-    if command and shutil.which(command[0], path=network.search_path()) is None:
+    if command and shutil.which(command[0], path=tools.search_path()) is None:
         raise UserError(f"there is no command '{command[0]}'", status=127)
     deadline = None if arguments.timeout is None else time.monotonic() + arguments.timeout
 
@@ -369,7 +369,7 @@ def _exec(arguments: argparse.Namespace) -> int:
         command = vmlab.inside_vm(inner.namespace(arguments.host), command)
     else:
         host = network.Lab.attach(arguments.name).host(arguments.host)
-    if shutil.which(program, path=network.search_path()) is None:
+    if shutil.which(program, path=tools.search_path()) is None:
         raise UserError(f"there is no command '{program}'", status=127)
     if inner is not None:
         return session.attach(inner.machine.folder, command, env=network.environment())

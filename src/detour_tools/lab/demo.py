@@ -13,13 +13,13 @@ from typing import Final
 
 from detour_tools import control
 from detour_tools.errors import UserError
-from detour_tools.lab import graph, namespaces, state, transfers
+from detour_tools.lab import graph, namespaces, transfers
 from detour_tools.lab.captures import Capture
 from detour_tools.lab.daemons import Daemon
-from detour_tools.lab.network import NO_NETEM, Lab, need_root, search_path
+from detour_tools.lab.network import NO_NETEM, Lab, need_root
 from detour_tools.lab.results import TITLES, Results, Way
-from detour_tools.lab.story import Signals, Story, hand_over, need_folder
-from detour_tools.lab.topology import reference_topology
+from detour_tools.lab.story import Story, hand_over, need_folder, own_lab
+from detour_tools.lab.tools import need_tools
 
 FILE_BYTES: Final = 8_000_000
 HTTP_PORT: Final = 80
@@ -37,28 +37,13 @@ def run(output: Path, name: str) -> int:
     Raises UserError when something does not work. Whatever ends it, the lab goes down.
     """
     need_root()
-    _need_programs()
+    need_tools(_TOOLS)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("missing: the Python package matplotlib",
+                        "install detour-tools[lab], or use 'make venv'")
     need_folder(output)
-    try:
-        lock = contextlib.ExitStack()
-        lock.enter_context(state.locked(f"{name}.demo", wait=False))
-    except BlockingIOError:
-        raise UserError(f"a demo is running on the lab '{name}' already") from None
-    with lock, Signals() as signals:
-        story = Story(signals)
-        lab = Lab(reference_topology(), name)
-        if state.load(name) is not None:
-            story.note(f"removing the lab '{name}' that a demo before left")
-        lab.down()
-        try:
-            results = _Demo(lab, story).run(output)
-        except Exception:
-            signals.check()  # Ctrl-C also ends what we had just started: that is no error
-            raise
-        finally:
-            lab.down()
-            story.last_words("everything is down again")
-        signals.check()
+    with own_lab(name, "demo") as (lab, story):
+        results = _Demo(lab, story).run(output)
     hand_over(output)
     story.note(f"pictures, captures and figures are in {output}/: "
                + ", ".join(sorted(each.name for each in output.iterdir())))
@@ -67,17 +52,6 @@ def run(output: Path, name: str) -> int:
                         "a busy machine can be the reason; try again")
     story.note(results.claim())
     return 0
-
-
-def _need_programs() -> None:
-    missing = {tool: package for tool, package in _TOOLS.items()
-               if shutil.which(tool, path=search_path()) is None}
-    if missing:
-        raise UserError(f"missing: {', '.join(missing)}",
-                        f"install: {' '.join(sorted(set(missing.values())))}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("missing: the Python package matplotlib",
-                        "install detour-tools[lab], or use 'make venv'")
 
 
 class _Demo:

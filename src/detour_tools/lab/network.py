@@ -4,7 +4,6 @@
 import os
 import socket
 import subprocess
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +15,7 @@ from detour_tools import runtime, sysctl
 from detour_tools.endpoint import IPAddress
 from detour_tools.errors import UserError
 from detour_tools.lab import links, namespaces, state
+from detour_tools.lab.tools import search_path
 from detour_tools.lab.topology import Topology
 
 DEFAULT_NAME = "lab"
@@ -67,13 +67,6 @@ class Host:
 def environment() -> dict[str, str]:
     """This process's environment, with this project's programs in the PATH."""
     return {**os.environ, "PATH": search_path()}
-
-
-def search_path() -> str:
-    """PATH with the console scripts' folder first, and the system's folders in any case."""
-    parts = [sysconfig.get_path("scripts"), *os.environ.get("PATH", os.defpath).split(":"),
-             "/usr/local/sbin", "/usr/sbin", "/sbin"]
-    return ":".join(dict.fromkeys(parts))
 
 
 class Lab:

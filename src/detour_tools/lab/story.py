@@ -7,7 +7,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Self
@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from detour_tools.errors import UserError
+from detour_tools.lab import state
 from detour_tools.lab.daemons import Daemon
-from detour_tools.lab.network import Host
+from detour_tools.lab.network import Host, Lab
+from detour_tools.lab.topology import reference_topology
 
 _STAMP = re.compile(r"^\d\d:\d\d:\d\d\.\d+ ")
 _COLOURS: Final = {"client": "cyan", "detour": "yellow", "server": "magenta"}
@@ -105,6 +107,34 @@ class Story:
         self.line(host.name, "$ " + " ".join(map(str, command)))
         return Daemon(host, command,
                       lambda line: self.line(host.name, _STAMP.sub("", line)))
+
+
+@contextlib.contextmanager
+def own_lab(name: str, what: str) -> Iterator[tuple[Lab, Story]]:
+    """The reference lab, not up yet, for this run of ``what`` alone; down whatever ends the block.
+
+    Raises UserError when another one runs on the lab of that name.
+    """
+    with contextlib.ExitStack() as running:
+        try:
+            running.enter_context(state.locked(f"{name}.demo", wait=False))
+        except BlockingIOError:
+            raise UserError(f"a {what} is running on the lab '{name}' already") from None
+        signals = running.enter_context(Signals())
+        story = Story(signals)
+        lab = Lab(reference_topology(), name)
+        if state.load(name) is not None:
+            story.note(f"removing the lab '{name}' that a {what} before left")
+        lab.down()
+        try:
+            yield lab, story
+        except Exception:
+            signals.check()  # Ctrl-C also ends what we had just started: that is no error
+            raise
+        finally:
+            lab.down()
+            story.last_words("everything is down again")
+        signals.check()
 
 
 def hand_over(output: Path) -> None:

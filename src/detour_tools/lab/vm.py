@@ -28,6 +28,7 @@ from detour_tools import runtime
 from detour_tools.errors import UserError
 from detour_tools.lab import session
 from detour_tools.lab.session import PORTS
+from detour_tools.lab.tools import need_tools
 
 _GUEST: Final = Path(__file__).parent / "guest"
 _TOOLS: Final = {"qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static"}
@@ -184,10 +185,7 @@ class Machine:
 
 def check(settings: Settings) -> None:
     """Raise UserError when such a VM cannot be started here."""
-    missing = {tool: package for tool, package in _TOOLS.items() if shutil.which(tool) is None}
-    if missing:
-        raise UserError(f"missing: {', '.join(missing)}",
-                        f"install: {' '.join(sorted(missing.values()))}")
+    need_tools(_TOOLS)
     try:
         with settings.kernel.open("rb") as image:
             header = image.read(0x206)

@@ -20,12 +20,12 @@ from typing import Final
 
 from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.errors import UserError
-from detour_tools.lab import namespaces, state, vm
+from detour_tools.lab import namespaces, vm
 from detour_tools.lab.captures import Capture, segments
 from detour_tools.lab.daemons import Daemon
-from detour_tools.lab.network import Host, Lab, environment, need_root, search_path
-from detour_tools.lab.story import Signals, Story, hand_over, need_folder
-from detour_tools.lab.topology import reference_topology
+from detour_tools.lab.network import Host, Lab, environment, need_root
+from detour_tools.lab.story import Story, hand_over, need_folder, own_lab
+from detour_tools.lab.tools import need_tools
 from detour_tools.lab.vmlab import VmHost
 
 DEFAULT_NAME: Final = "walkthrough"
@@ -51,32 +51,12 @@ def run(output: Path, settings: vm.Settings, name: str, *, path_manager: str) ->
     is wrapped, and there is no trace. Raises UserError. Whatever ends it, everything goes down.
     """
     need_root()
-    missing = {tool: package for tool, package in _TOOLS.items()
-               if shutil.which(tool, path=search_path()) is None}
-    if missing:
-        raise UserError(f"missing: {', '.join(missing)}",
-                        f"install: {' '.join(sorted(set(missing.values())))}")
+    need_tools(_TOOLS)
     vm.check(settings)
     need_folder(output)
-    lock = contextlib.ExitStack()
-    try:
-        lock.enter_context(state.locked(f"{name}.demo", wait=False))
-    except BlockingIOError:
-        raise UserError(f"a walk-through is running on the lab '{name}' already") from None
-    with lock, Signals() as signals:
-        story = Story(signals)
-        lab = Lab(reference_topology(), name)
-        lab.down()
-        try:
-            walk = _Walk(lab, story, settings, path_manager)
-            walk.run(output)
-        except Exception:
-            signals.check()  # Ctrl-C also ends what we had just started: that is no error
-            raise
-        finally:
-            lab.down()
-            story.last_words("everything is down again")
-        signals.check()
+    with own_lab(name, "walk-through") as (lab, story):
+        walk = _Walk(lab, story, settings, path_manager)
+        walk.run(output)
     hand_over(output)
     story.note(f"captures and the kernel's log are in {output}/: "
                + ", ".join(sorted(each.name for each in output.iterdir())))
