@@ -181,7 +181,7 @@ def run_logged(command: Sequence[str | Path], *, what: str, log: Path, lock: Loc
             if _end(process) and stamp:
                 stamp.unlink(missing_ok=True)
             raise
-    if stamp:
+    if stamp and process.returncode >= 0:  # not killed, by the kernel for its memory say
         stamp.unlink(missing_ok=True)
     if process.returncode:
         raise Problem(f"{what} failed: {_first_error(log)} (log: {log})")

@@ -56,9 +56,10 @@ def build() -> tuple[Path, str]:
     folder = cache() / "selftests" / digest.hexdigest()[:16]
     if not folder.exists():
         with Lock() as lock:
-            tree = Tree(base, lock)
-            tree.go_to(tree.commits(patches)[-1])
-            _make(tree, folder, lock)
+            if not folder.exists():  # nobody made it while we waited
+                tree = Tree(base, lock)
+                tree.go_to(tree.commits(patches)[-1])
+                _make(tree, folder, lock)
     programs = folder / "net" / "mptcp"
     folder.touch()  # the newest
     return programs, origin

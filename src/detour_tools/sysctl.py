@@ -70,6 +70,8 @@ class BorrowedSysctls:
         if current is None:
             raise UserError(f"this kernel has no sysctl {name}")
         before = self._borrowed.get(name)
+        if before is not None and current not in before:
+            before = None  # somebody else has changed it since
         if before is None and current == value:
             return
         self._borrowed[name] = (before[0] if before else current, value)

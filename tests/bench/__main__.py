@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from detour_tools.errors import UserError
-from detour_tools.lab.demo import hand_over
 from detour_tools.lab.network import need_root
+from detour_tools.lab.story import Output
 from tests.bench import adding, bed, bulk, connections, joins, kernel_manager, mappings
 from tests.bench.figures import Figure
 
@@ -40,7 +40,7 @@ def main() -> int:
         need_root()
         if "d" in arguments.only and shutil.which("haproxy") is None:
             raise UserError("(d) needs haproxy", "scripts/setup bench, or leave it out by --only")
-        arguments.output.mkdir(parents=True, exist_ok=True)
+        output = Output(arguments.output)
         bed.remove_leftovers()
         figures = _run(arguments.only, quick=arguments.quick, console=console)
     except UserError as error:
@@ -51,10 +51,10 @@ def main() -> int:
     results = {"machine": _machine(), "quick": arguments.quick, "only": arguments.only,
                "figures": [dataclasses.asdict(each) for each in figures]}
     text = json.dumps(results, indent=1)
-    path = arguments.output / "results.json"
+    path = output.add("results.json")
     path.write_text(text + "\n", encoding="utf-8")
     console.print(_table(figures))
-    hand_over(arguments.output)
+    output.hand_over()
     console.print(f"written: {path}")
     if arguments.quick:
         console.print("with --quick no target is judged")

@@ -126,7 +126,7 @@ def test_chart_and_files(tmp_path: Path):
     bars = [line.count("█") for line in lines if "Mbit/s" in line and "█" in line]
     assert bars == [19, 19, 38] * 2
     assert max(map(len, lines)) <= 80
-    report.write(results(19.0), tmp_path)
+    report.write(results(19.0), tmp_path.joinpath)
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.json", "throughput.png", "throughput-over-time.png"}
     stored = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))

@@ -156,6 +156,7 @@ def test_a_detour_that_falls_silent_is_withdrawn_and_comes_back():
     script.created(token=2, remote=OTHER)
     script.answer(remote=OTHER, port=443)
     script.established(token=2, remote=OTHER)
+    script.joined(port=443, token=2)
     script.live(200)
     assert script.live(CONFIRM + 10, silent=[NEAR]) == [
         withdraws(), withdraws(port=443, remote=OTHER)]
@@ -333,6 +334,45 @@ def test_an_offer_that_the_kernel_does_not_take_is_made_again():
     assert script.machine.failed(offer, errno.ENOSPC, script.now) == []
     assert script.wait(machine_module.REPLACE_DELAY + 0.1) == [offers()]
     assert script.machine.failed(withdraws(), errno.EPERM, script.now) == []
+
+
+def test_a_join_that_was_never_sent_is_tried_again():
+    """The kernel says nothing of one for which it had no route."""
+    script = Script()
+    script.created()
+    script.answer()
+    assert script.established() == []
+    assert script.live(machine_module.JOIN_PATIENCE - 1) == []
+    assert script.live(machine_module.REPLACE_DELAY + 2) == [withdraws(), offers()]
+    script.joined()
+    assert withdraws() not in script.live(600)
+
+
+def test_joins_that_were_never_sent_do_not_hide_that_a_detour_is_silent():
+    script = Script()
+    script.created()
+    script.answer()
+    script.established()
+    assert script.live(120, silent=[NEAR]) == [withdraws()]
+    assert script.machine.detours[0].state == DetourState.DOWN
+
+
+def test_a_subflow_by_an_interface_is_not_the_direct_one():
+    script = Script((NEAR, FAR), prefer="order", max_subflows=1)
+    script.created()
+    script.established()
+    other = Endpoint(ip_address("10.99.0.2"), 1234)
+    script.machine.subflow_closed(
+        SubflowClosed(1, other, SERVER, errno.ECONNREFUSED, 2), script.now)
+    assert script.machine.connections[1].server_limit is None
+    assert offers(FAR) in script.live(5, silent=[NEAR])
+
+
+def test_what_stands_offered_for_what_gets_no_detour_lapses():
+    script = Script()
+    script.resynchronise(snapshot(on_link=True), offered=[stands()])
+    assert script.live(600) == []
+    assert not list(script.machine._offers)
 
 
 def test_a_clean_end_withdraws_everything():

@@ -293,12 +293,10 @@ def _vm(arguments: argparse.Namespace) -> int:
 def _down(arguments: argparse.Namespace) -> None:
     vm.remove_leftovers()
     known = state.load(arguments.name)
-    if known is not None and known.vm:
-        vmlab.VmLab(known.topology, arguments.name).down()
-        print(f"the lab '{arguments.name}' is down")
-        return
     topology = known.topology if known else reference_topology()
-    network.Lab(topology, arguments.name).down()
+    # What is remembered can be lost, or about another one that began and was killed.
+    kind = vmlab.VmLab if vm.lab_machine(arguments.name).alive() else network.Lab
+    kind(topology, arguments.name).down()
     print(f"the lab '{arguments.name}' is down")
 
 

@@ -107,7 +107,7 @@ def _delete(arguments: argparse.Namespace) -> None:
 def _stat(arguments: argparse.Namespace) -> None:
     family = DetourFamily()
     if (arguments.detour, arguments.remote, arguments.interface) == (None, None, None):
-        entries = [family.stat(entry.name) for entry in family.entries()]
+        entries = family.stats()
     else:
         entries = [family.stat(_name(arguments))]
     if arguments.json:

@@ -34,7 +34,10 @@ from detour_tools.pathmanager.base import (
 )
 
 JOIN_PATIENCE = 10.0
-"""Seconds until a join without an outcome no longer keeps another detour from being tried."""
+"""Seconds until a join without an outcome no longer keeps another detour from being tried.
+
+One that the path manager should have made by itself was never sent, then: it gives up a SYN sooner,
+and says nothing where there was no route, no memory or no room."""
 
 SHORT_LIVED = 2.0
 """A subflow that dies within this many seconds was refused by the server after the fact: the
@@ -205,7 +208,7 @@ class Machine:
         connection = self.connections.get(event.token)
         if connection is None:
             return []
-        key, path = self._find_path(connection, event.remote)
+        key, path = self._find_path(connection, event.remote, event.local)
         if path is None:
             return []
         if path.state != "up":
@@ -223,7 +226,7 @@ class Machine:
         connection = self.connections.get(event.token)
         if connection is None:
             return []
-        key, path = self._find_path(connection, event.remote)
+        key, path = self._find_path(connection, event.remote, event.local)
         if path is None:
             return []
         if path.state == "idle":
@@ -386,6 +389,8 @@ class Machine:
         """Bring a connection nearer to the subflows it should have."""
         if connection.reason_for_none:
             return
+        if self._joins_by_itself:
+            yield from self._give_up_unsent(connection, now)
         direct = connection.paths[Direct]
         if (direct.state == "idle" and connection.established and now >= direct.retry_at
                 and not self._joins_by_itself):  # which knows detours only
@@ -442,6 +447,15 @@ class Machine:
             yield from self._withdraw(path.tried)
         yield from self._offer(connection.remote, remote, now)
         path.tried = self._offers.get(connection.remote, remote.address)
+
+    def _give_up_unsent(self, connection: Connection, now: float) -> Iterator[Command]:
+        for key, path in connection.paths.items():
+            if key is Direct or path.state != "joining" or now - path.since < JOIN_PATIENCE:
+                continue
+            path.state, path.failures = "idle", path.failures + 1
+            self._retry_later(connection, path, now)
+            if path.tried is None or self._offers.stands(path.tried):
+                yield from self._drop_mapping(key, connection.remote)  # does it still answer?
 
     def _count_join(self, key: Detour | None) -> None:
         self.counters.joins += 1
@@ -502,10 +516,12 @@ class Machine:
                 path.state = "idle"
                 self._path_lost(connection, path, now - path.since, now)
 
-    def _find_path(self, connection: Connection, remote: Endpoint
+    def _find_path(self, connection: Connection, remote: Endpoint, local: Endpoint | None = None
                    ) -> tuple[Detour | None, Path | None]:
         """The path whose packets go to ``remote``; a subflow that others made counts too."""
         if remote == connection.remote:
+            if local is not None and local.address != connection.local.address:
+                return None, None  # by another interface, which is not ours
             return Direct, connection.paths[Direct]
         detour = self._by_address.get(remote.address)
         if detour is None:
@@ -575,7 +591,9 @@ class Machine:
             self._offers.remove(offering)
             return
         detour = self._by_address.get(offering.detour.address)
-        if detour is not None and offering.remote in self._by_remote:
+        if detour is not None and any(
+                not self.connections[token].reason_for_none
+                for token in self._by_remote.get(offering.remote, ())):
             question = self._ask(detour, offering.remote, now)
             if question is not None:
                 yield question

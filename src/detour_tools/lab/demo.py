@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Final
@@ -18,7 +17,7 @@ from detour_tools.lab.captures import Capture
 from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import NO_NETEM, Lab, need_root
 from detour_tools.lab.results import TITLES, Results, Way
-from detour_tools.lab.story import Story, hand_over, need_folder, own_lab
+from detour_tools.lab.story import Output, Story, own_lab
 from detour_tools.lab.tools import need_tools
 
 FILE_BYTES: Final = 8_000_000
@@ -31,8 +30,8 @@ _SNAPLEN: Final = 96
 _TELL_SECONDS: Final = 1.0
 
 
-def run(output: Path, name: str) -> int:
-    """Run the demo on a lab called ``name`` and write to ``output``; returns the exit status.
+def run(folder: Path, name: str) -> int:
+    """Run the demo on a lab called ``name`` and write to ``folder``; returns the exit status.
 
     Raises UserError when something does not work. Whatever ends it, the lab goes down.
     """
@@ -41,12 +40,11 @@ def run(output: Path, name: str) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("missing: the Python package matplotlib",
                         "install detour-tools[lab], or use 'make venv'")
-    need_folder(output)
+    output = Output(folder)
     with own_lab(name, "demo") as (lab, story):
         results = _Demo(lab, story).run(output)
-    hand_over(output)
-    story.note(f"pictures, captures and figures are in {output}/: "
-               + ", ".join(sorted(each.name for each in output.iterdir())))
+    output.hand_over()
+    story.note(f"pictures, captures and figures are in {output}")
     if not results.holds:
         raise UserError(f"the claim does not hold: {results.claim()}",
                         "a busy machine can be the reason; try again")
@@ -65,7 +63,7 @@ class _Demo:
         self._programs: list[Daemon] = []
         self._next_tick = 0.0
 
-    def run(self, output: Path) -> Results:
+    def run(self, output: Output) -> Results:
         """Everything, from bringing the lab up to the pictures."""
         story = self._story
         story.heading("The lab")
@@ -94,10 +92,9 @@ class _Demo:
         from detour_tools.lab import report  # noqa: PLC0415
 
         report.print_chart(results, story.console)
-        output.mkdir(parents=True, exist_ok=True)
         for capture in captures.values():
-            shutil.move(capture.path, output / capture.path.name)
-        report.write(results, output)
+            output.take(capture.path)
+        report.write(results, output.add)
         return results
 
     def _start_programs(self, running: contextlib.ExitStack, folder: Path) -> None:

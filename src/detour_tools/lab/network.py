@@ -17,6 +17,7 @@ from detour_tools.errors import UserError
 from detour_tools.lab import links, namespaces, state
 from detour_tools.lab.tools import search_path
 from detour_tools.lab.topology import Topology
+from detour_tools.lab.vm import lab_machine
 
 DEFAULT_NAME = "lab"
 NO_NETEM = ("this kernel has no netem: link delays are not emulated "
@@ -108,7 +109,8 @@ class Lab:
         need_root()
         with state.locked(self.name):
             known = state.load(self.name)
-            if known is not None and known.vm:
+            if known is not None and known.vm and known.complete and (
+                    lab_machine(self.name).alive()):
                 raise UserError(f"the lab '{self.name}' is already up, in a VM",
                                 "take it down first, or use --name")
             if known is not None and known.complete and self._whole(known.topology):
@@ -118,12 +120,12 @@ class Lab:
                         f"({known.topology.title})", "take it down first, or use --name")
                 self.netem = known.netem
                 return False
-            self._clean()
+            self.clean()
             state.save(self.name, state.State(self.topology, complete=False))
             try:
                 self._build()
             except BaseException as error:  # also Ctrl-C: nothing may stay half built
-                self._clean()
+                self.clean()
                 if isinstance(error, OSError | NetlinkError):
                     raise UserError(f"this machine cannot build the lab: {error}",
                                     "network namespaces and veth are needed") from error
@@ -135,7 +137,7 @@ class Lab:
         """Remove the lab: its processes, namespaces and files; fine when there is none."""
         need_root()
         with state.locked(self.name):
-            self._clean()
+            self.clean()
 
     def __enter__(self) -> Self:
         self.up()
@@ -199,8 +201,9 @@ class Lab:
             lines.append(f"127.0.1.1\t{machine}")  # sudo looks it up
         return "\n".join(lines) + "\n"
 
-    def _clean(self) -> None:
-        """Remove everything of this lab, whatever state it is in."""
+    def clean(self) -> None:
+        """Remove everything of this lab, whatever state it is in; its lock must be held."""
+        lab_machine(self.name).stop()
         known = state.load(self.name)
         wanted = set(self.namespaces.values())
         if known is not None:

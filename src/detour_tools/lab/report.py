@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The demo's results drawn: a bar chart in the terminal, and pictures."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -66,11 +67,11 @@ def print_chart(results: Results, console: Console) -> None:
     console.print(legend)
 
 
-def write(results: Results, folder: Path) -> None:
-    """Write results.json and the pictures to ``folder``."""
-    results.save(folder / "results.json")
-    _draw_bars(results).savefig(folder / "throughput.png", dpi=150)
-    _draw_over_time(results).savefig(folder / "throughput-over-time.png", dpi=150)
+def write(results: Results, path: Callable[[str], Path]) -> None:
+    """Write results.json and the pictures; ``path`` says where a file of that name goes."""
+    results.save(path("results.json"))
+    _draw_bars(results).savefig(path("throughput.png"), dpi=150)
+    _draw_over_time(results).savefig(path("throughput-over-time.png"), dpi=150)
 
 
 def _tidy(axes: Axes) -> None:

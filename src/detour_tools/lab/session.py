@@ -56,6 +56,7 @@ class Session:
         self.notes: list[str] = []
         self._argv = [str(each) for each in argv]
         self.on_turn = on_turn
+        self._early: list[list[str]] = []  # what came together with the answer to 'open'
         self._open(env, cwd, size, timeout)
 
     def _open(self, env: Mapping[str, str] | None, cwd: Path | None,
@@ -74,8 +75,10 @@ class Session:
                 if time.monotonic() > deadline:
                     raise UserError(f"the VM did not answer within {timeout:g} s",
                                     last_words(self._folder))
-                for words in self._turn():
+                lines = self._turn()
+                for number, words in enumerate(lines, 1):
                     if words[:2] == ["open", nonce]:
+                        self._early = lines[number:]  # it may have ended already
                         self.notes = decode(words[2].encode()).decode().splitlines()
                         return
         except BaseException:
@@ -144,11 +147,14 @@ class Session:
         """Wait a moment; write what goes, and return the lines that came, in words."""
         if self.on_turn is not None:
             self.on_turn()
+        self._readable = False
+        if self._early:
+            early, self._early = self._early, []
+            return early
         poller = select.poll()
         poller.register(self._socket, select.POLLIN | (select.POLLOUT if self._out else 0))
         if read_from is not None:
             poller.register(read_from, select.POLLIN)
-        self._readable = False
         lines: list[bytes] = []
         for fd, event in poller.poll(_POLL_MS):
             if fd != self._socket.fileno():
@@ -262,11 +268,12 @@ def attach(folder: Path, argv: Sequence[object], *, env: Mapping[str, str] | Non
            on_turn: Callable[[], object] | None = None) -> int:
     """Run a command in the VM in this process's place: with its files, terminal and signals.
 
-    With a terminal at both ends it gets one in the VM. ``on_turn`` is called several times a
-    second, and then signals are the caller's. Returns the exit status as a shell gives it. Raises
-    UserError.
+    With a terminal at both ends it gets one in the VM; a shell's background job leaves it alone.
+    ``on_turn`` is called several times a second, and then signals are the caller's. Returns the
+    exit status as a shell gives it. Raises UserError.
     """
-    interactive = os.isatty(0) and os.isatty(1)
+    background = _in_background()
+    interactive = os.isatty(0) and os.isatty(1) and not background
     size = os.get_terminal_size() if interactive else None
     with Session(folder, argv, env=env,
                  size=(size.lines, size.columns) if size else None,
@@ -279,8 +286,16 @@ def attach(folder: Path, argv: Sequence[object], *, env: Mapping[str, str] | Non
                 undo.enter_context(_forwarding(session))
             if interactive:
                 undo.enter_context(_raw_terminal(session))
-            status = session.relay(0, _writer(1), _writer(2))
+            status = session.relay(None if background else 0, _writer(1), _writer(2))
     return status if status >= 0 else 128 - status
+
+
+def _in_background() -> bool:
+    """Whether our input is a terminal that another job has: using it would stop us."""
+    try:
+        return os.tcgetpgrp(0) != os.getpgrp()
+    except OSError:  # no terminal, or not ours
+        return False
 
 
 def _writer(fd: int) -> OnOutput:
@@ -305,7 +320,8 @@ def _forwarding(session: Session) -> Iterator[None]:
             raise SystemExit(128 + last[0][0])
 
     session.on_turn = check
-    before = {signum: signal.signal(signum, pass_on) for signum in _FORWARDED}
+    before = {signum: signal.signal(signum, pass_on) for signum in _FORWARDED
+              if signal.getsignal(signum) != signal.SIG_IGN}  # nohup stays nohup
     try:
         yield
     finally:

@@ -4,7 +4,9 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,17 +27,45 @@ _STAMP = re.compile(r"^\d\d:\d\d:\d\d\.\d+ ")
 _COLOURS: Final = {"client": "cyan", "detour": "yellow", "server": "magenta"}
 
 
-def need_folder(output: Path) -> None:
-    """See, before all the work, that there is a place for its fruits; leaves nothing."""
-    was_there = output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-        if not was_there:
-            output.rmdir()
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}", "see --output") from None
+class Output:
+    """The folder for what a run makes."""
+
+    def __init__(self, folder: Path) -> None:
+        """See, before all the work, that it can be written to; leaves nothing. Raises UserError."""
+        self.folder = folder
+        self.written: list[Path] = []
+        self._was_there = folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            if not self._was_there:
+                folder.rmdir()
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}",
+                            "see --output") from None
+
+    def take(self, source: Path) -> None:
+        """Copy a file there."""
+        shutil.copy(source, self.add(source.name))
+
+    def add(self, name: str) -> Path:
+        """The path for a file that is to be written there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.written.append(self.folder / name)
+        return self.written[-1]
+
+    def hand_over(self) -> None:
+        """Give what was written to the user who ran sudo."""
+        try:
+            uid, gid = int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"])
+        except (KeyError, ValueError):
+            return
+        for path in (*self.written, *([] if self._was_there else [self.folder])):
+            os.chown(path, uid, gid, follow_symlinks=False)
+
+    def __str__(self) -> str:
+        return f"{self.folder}/: " + ", ".join(sorted(path.name for path in self.written))
 
 
 class Signals:
@@ -128,6 +158,11 @@ def own_lab(name: str, what: str) -> Iterator[tuple[Lab, Story]]:
         lab.down()
         try:
             yield lab, story
+        except subprocess.CalledProcessError as error:
+            signals.check()
+            said = " ".join(str(error.stderr or error.stdout or "").split())
+            raise UserError(f"'{' '.join(error.cmd)}' failed",
+                            said or f"status {error.returncode}") from None
         except Exception:
             signals.check()  # Ctrl-C also ends what we had just started: that is no error
             raise
@@ -135,13 +170,3 @@ def own_lab(name: str, what: str) -> Iterator[tuple[Lab, Story]]:
             lab.down()
             story.last_words("everything is down again")
         signals.check()
-
-
-def hand_over(output: Path) -> None:
-    """Give what was written to the user who ran sudo."""
-    try:
-        uid, gid = int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"])
-    except (KeyError, ValueError):
-        return
-    for path in (output, *output.iterdir()):
-        os.chown(path, uid, gid, follow_symlinks=False)

@@ -56,16 +56,18 @@ class Settings:
 
 def default_kernel(flavour: str = "vm") -> Path:
     """The kernel that ``make kernel`` built last; raises UserError when there is none."""
-    caches = [Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")]
+    # As kernel/detour_kernel/common.py has it; and that of the user who ran sudo.
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    caches = [given if given.is_absolute() else Path.home() / ".cache"]
     if user := os.environ.get("SUDO_USER"):
         with contextlib.suppress(RuntimeError):
             caches.append(Path(f"~{user}").expanduser() / ".cache")
     images = [cache / "detour-tools" / "kernel" / flavour / "bzImage" for cache in caches]
-    for image in images:
-        if image.exists():
-            return image
-    raise UserError(f"there is no kernel in {images[0].parent}",
-                    "run 'make kernel', or name one: --kernel IMAGE")
+    found = [image for image in images if image.exists()]
+    if not found:
+        raise UserError(f"there is no kernel in {' or '.join(str(each.parent) for each in images)}",
+                        "run 'make kernel', or name one: --kernel IMAGE")
+    return max(found, key=lambda image: image.stat().st_mtime)
 
 
 def kvm_works() -> bool:
@@ -82,12 +84,19 @@ def root_folder() -> Path:
     """Where VMs have their folders."""
     if os.geteuid() == 0:
         return runtime.ROOT
-    return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / "detour-tools"
+    if given := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(given) / "detour-tools"
+    return Path(tempfile.gettempdir()) / f"detour-tools-{os.geteuid()}"
 
 
 def folder_of(name: str) -> Path:
     """The folder of the VM of that name: its sockets, logs and lock."""
     return root_folder() / f"vm-{name}"
+
+
+def lab_machine(name: str) -> "Machine":
+    """The VM of the lab of that name, whether it runs or not."""
+    return Machine(f"lab-{name}")
 
 
 class Machine:
@@ -96,6 +105,7 @@ class Machine:
     def __init__(self, name: str) -> None:
         self.name = name
         self.folder = folder_of(name)
+        self._process: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def start(cls, settings: Settings, name: str = "", *, detached: bool = False) -> Self:
@@ -119,7 +129,7 @@ class Machine:
                     taps.append(tap)
                 machine._run_qemu(settings, lock, taps, detached=detached)
         except BaseException:
-            shutil.rmtree(machine.folder, ignore_errors=True)
+            machine.stop()
             raise
         return machine
 
@@ -166,12 +176,14 @@ class Machine:
         for signum in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + _STOP_SECONDS
             with contextlib.suppress(OSError, ValueError):
-                if self.alive():
+                if self._process is not None:
+                    self._process.send_signal(signum)
+                elif self.alive():
                     os.kill(int((self.folder / "pid").read_text(encoding="ascii")), signum)
             while self.alive() and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
-        if (process := getattr(self, "_process", None)) is not None:
-            process.wait()
+        if self._process is not None:
+            self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()  # only when it is empty
@@ -193,6 +205,11 @@ def check(settings: Settings) -> None:
         raise UserError(f"cannot read the kernel {settings.kernel}: {error.strerror}") from None
     if header[0x202:0x206] != b"HdrS":  # Documentation/arch/x86/boot.rst
         raise UserError(f"{settings.kernel} is not a bootable kernel", "a bzImage is needed")
+    # They go to the VM by its kernel's command line and by a shell's.
+    for path in (_GUEST, root_folder(), Path(sys.executable)):
+        if not re.fullmatch(r"[\w/.@:+,~-]+", str(path), re.ASCII):
+            raise UserError(f"the VM cannot use the path '{path}'",
+                            "a path without blanks and quotes is needed")
     for folder in settings.writable:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
@@ -201,12 +218,15 @@ def check(settings: Settings) -> None:
 
 
 def remove_leftovers() -> None:
-    """Remove the folders of VMs that have ended without anybody to do it."""
+    """Remove the folders of VMs that have ended without anybody to do it; not those of labs."""
     for folder in root_folder().glob("vm-*"):
-        lock = _take_folder(folder, create=False)
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+        if folder.name.startswith("vm-lab-"):  # says why it ended until the lab goes down
+            continue
+        with contextlib.suppress(UserError):  # another user's
+            lock = _take_folder(folder, create=False)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 def _take_folder(folder: Path, *, create: bool = True) -> int | None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from detour_tools.endpoint import IPAddress
 from detour_tools.errors import UserError
 from detour_tools.lab import session, state
-from detour_tools.lab.network import Host, environment, need_root
+from detour_tools.lab.network import Host, Lab, environment, need_root
 from detour_tools.lab.topology import Topology
-from detour_tools.lab.vm import Machine, Settings
+from detour_tools.lab.vm import Machine, Settings, lab_machine
 
 # How 'exec' calls the VM itself, outside the lab's hosts.
 VM_HOST = "vm"
@@ -47,7 +47,7 @@ class VmLab:
         state.check_name(name)
         self.topology = topology
         self.name = name
-        self.machine = Machine(f"lab-{name}")
+        self.machine = lab_machine(name)
 
     @classmethod
     def attach(cls, name: str) -> "VmLab | None":
@@ -67,7 +67,8 @@ class VmLab:
     def up(self, settings: Settings, options: Sequence[str]) -> bool:
         """Start the VM and build the lab in it with ``detour-lab up OPTIONS``.
 
-        Returns False when it was already up just so. On any failure nothing is left. Raises
+        Returns False when it was already up just so. What a crash left of a lab of this name is
+        removed first. On any failure nothing is left. Raises
         UserError.
         """
         need_root()
@@ -83,13 +84,13 @@ class VmLab:
                             f"the lab '{self.name}' is already up as another network "
                             f"({known.topology.title})", "take it down first, or use --name")
                     return False
-            self.machine.stop()
+            remains = Lab(self.topology, self.name)
+            remains.clean()
             state.save(self.name, state.State(self.topology, complete=False, vm=True))
             try:
                 self._build(settings, options)
             except BaseException:  # also Ctrl-C: nothing may stay half built
-                self.machine.stop()
-                state.forget(self.name)
+                remains.clean()
                 raise
             return True
 
@@ -110,7 +111,7 @@ class VmLab:
         need_root()
         with state.locked(self.name):
             self.machine.power_off()
-            state.forget(self.name)
+            Lab(self.topology, self.name).clean()
 
     def namespace(self, host: str) -> str:
         """The host's namespace in the VM; "" for the VM itself. Raises UserError."""

@@ -7,12 +7,13 @@ looked for in what happened, and told with a tick or a cross.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Interface, ip_address
 from pathlib import Path
@@ -24,7 +25,7 @@ from detour_tools.lab import namespaces, vm
 from detour_tools.lab.captures import Capture, segments
 from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Host, Lab, environment, need_root
-from detour_tools.lab.story import Story, hand_over, need_folder, own_lab
+from detour_tools.lab.story import Output, Story, own_lab
 from detour_tools.lab.tools import need_tools
 from detour_tools.lab.vmlab import VmHost
 
@@ -44,8 +45,8 @@ _PATIENCE_SECONDS: Final = 90.0
 Flow = frozenset[Endpoint]
 
 
-def run(output: Path, settings: vm.Settings, name: str, *, path_manager: str) -> int:
-    """Run the walk-through on a lab called ``name`` and write to ``output``; the exit status.
+def run(folder: Path, settings: vm.Settings, name: str, *, path_manager: str) -> int:
+    """Run the walk-through on a lab called ``name`` and write to ``folder``; the exit status.
 
     ``path_manager`` is ``kernel``, or ``userspace`` on a kernel without ours: then the program
     is wrapped, and there is no trace. Raises UserError. Whatever ends it, everything goes down.
@@ -53,13 +54,12 @@ def run(output: Path, settings: vm.Settings, name: str, *, path_manager: str) ->
     need_root()
     need_tools(_TOOLS)
     vm.check(settings)
-    need_folder(output)
+    output = Output(folder)
     with own_lab(name, "walk-through") as (lab, story):
         walk = _Walk(lab, story, settings, path_manager)
         walk.run(output)
-    hand_over(output)
-    story.note(f"captures and the kernel's log are in {output}/: "
-               + ", ".join(sorted(each.name for each in output.iterdir())))
+    output.hand_over()
+    story.note(f"captures and the kernel's log are in {output}")
     if walk.failed:
         raise UserError(f"not seen: {'; '.join(walk.failed)}",
                         "a busy machine can be the reason; try again")
@@ -81,7 +81,7 @@ class _Walk:
         self.failed: list[str] = []
         self.passed = 0
 
-    def run(self, output: Path) -> None:
+    def run(self, output: Output) -> None:
         """Everything, from bringing the lab up to the last check."""
         story = self._story
         with contextlib.ExitStack() as running:
@@ -119,10 +119,9 @@ class _Walk:
             self._check_subflows(subflows)
             self._check_flows({name: capture.path for name, capture in captures.items()},
                               client.address)
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "dmesg.txt").write_text(log, encoding="utf-8")
+            output.add("dmesg.txt").write_text(log, encoding="utf-8")
             for capture in captures.values():
-                shutil.copy(capture.path, output / capture.path.name)
+                output.take(capture.path)
 
     def _check(self, holds: bool, what: str) -> None:
         self._story.note(f"{'✓' if holds else '✗'} {what}")
@@ -168,12 +167,10 @@ class _Walk:
     def _client(self, folder: Path) -> Iterator[VmHost]:
         """The VM, booted, on the bridge."""
         story = self._story
-        results = folder / "vm"
-        results.mkdir()
         story.line("client", f"$ detour-lab vm --kernel {self._settings.kernel} "
-                             f"--bridge {BRIDGE} --rw {results}")
-        settings = vm.Settings(**{**vars(self._settings), "bridges": (BRIDGE,),
-                                  "writable": (folder,), "hostname": "client"})
+                             f"--bridge {BRIDGE} --rw {folder}")
+        settings = dataclasses.replace(self._settings, bridges=(BRIDGE,), writable=(folder,),
+                                       hostname="client")
         with namespaces.inside(self._home.namespace):
             machine = vm.Machine.start(settings)
         with machine:
@@ -226,8 +223,11 @@ class _Walk:
                                 stderr=subprocess.PIPE, start_new_session=True)
         with fetching:
             try:
+                deadline = time.monotonic() + _PATIENCE_SECONDS
                 while fetching.poll() is None:
                     self._story.signals.check()
+                    if time.monotonic() > deadline:
+                        raise UserError(f"the page did not come within {_PATIENCE_SECONDS:g} s")
                     now = client.run(["ss", "-HOtni", "state", "established",
                                       f"dport = :{_PORT}"]).stdout.splitlines()
                     if len(now) >= len(shown):  # the last look while all of them were there

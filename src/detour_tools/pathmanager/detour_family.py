@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
+from detour_tools.netlink.codec import NetlinkError
 from detour_tools.netlink.socket import GenericNetlink, GroupListener
 from detour_tools.pathmanager import detour_codec
 from detour_tools.pathmanager.detour_codec import Entry, Name, VpnName
@@ -66,8 +67,24 @@ class DetourFamily:
 
     def stat(self, name: Name) -> Entry:
         """One entry with its figures."""
-        return self._do(f"tell of {told(name)}", lambda: detour_codec.decode_entry(
-            self._netlink.command(detour_codec.CMD_STAT, detour_codec.encode_name(name))[0]))
+        return self._do(f"tell of {told(name)}", lambda: self._stat(name))
+
+    def stats(self) -> list[Entry]:
+        """All entries with their figures, but for those that expire meanwhile."""
+        return self._do("tell of its entries", lambda: [
+            entry for each in self.entries() if (entry := self._stat_or_none(each.name))])
+
+    def _stat(self, name: Name) -> Entry:
+        return detour_codec.decode_entry(
+            self._netlink.command(detour_codec.CMD_STAT, detour_codec.encode_name(name))[0])
+
+    def _stat_or_none(self, name: Name) -> Entry | None:
+        try:
+            return self._stat(name)
+        except NetlinkError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return None
 
     def requests(self, seconds: float | None) -> Iterator[Endpoint | None]:
         """The remotes that the kernel asks detours for, as it does; None where some were lost.
