@@ -210,6 +210,17 @@ def test_after_a_kill_the_sysctl_is_put_back_by_the_next_daemon(lab, start_clien
     assert path_manager(client) == "kernel"
 
 
+def test_what_somebody_else_set_after_a_kill_is_what_is_put_back(lab, tmp_path):
+    client = lab.host("client")
+    borrow = ("from pathlib import Path; from detour_tools.sysctl import BorrowedSysctls; "
+              f"borrowed = BorrowedSysctls(Path('{tmp_path}/journal')); "
+              "borrowed.hold({'net.ipv4.tcp_syn_retries': '3'}); ")
+    client.run([sys.executable, "-c", borrow])  # as killed: it puts nothing back
+    client.run(["sysctl", "-qw", "net.ipv4.tcp_syn_retries=5"])
+    client.run([sys.executable, "-c", borrow + "borrowed.restore()"])
+    assert client.run(["sysctl", "-n", "net.ipv4.tcp_syn_retries"]).stdout == "5\n"
+
+
 def test_a_sysctl_that_somebody_else_changed_is_left_alone(lab, start_client):
     client = lab.host("client")
     client.run(["sysctl", "-qw", "net.mptcp.path_manager=userspace"])

@@ -22,10 +22,11 @@ from typing import Any
 
 import pytest
 
-from detour_tools.lab import namespaces, vm
+from detour_tools.lab import namespaces, state, vm
 from detour_tools.lab.captures import Capture
 from detour_tools.lab.daemons import Daemon, wait_for
 from detour_tools.lab.network import Host
+from detour_tools.lab.topology import reference_topology
 from tests.netns.conftest import unique_lab_name
 from tests.vm.conftest import MakeVmLab, Vm
 
@@ -353,3 +354,34 @@ def test_up_exec_status_and_down(vm_kernel: Path, name: str):
     assert call("down") == f"the lab '{name}' is down\n"
     assert not vm.folder_of(f"lab-{name}").exists()
     assert "is not up" in call("exec", "client", "true", status=1)
+
+
+def test_an_interrupted_up_leaves_no_vm(vm_kernel: Path, name: str):
+    folder = vm.folder_of(f"lab-{name}")
+    with subprocess.Popen([DETOUR_LAB, "--name", name, "up", "--vm", "--kernel",
+                           vm_kernel]) as process:
+        wait_for(folder.exists, 20)
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    assert process.returncode != 0
+    assert not folder.exists()
+    assert state.load(name) is None
+    assert subprocess.run(["pgrep", "-f", f"detour-{folder.name}"], check=False,
+                          capture_output=True).stdout == b""
+
+
+def test_what_a_crash_left_of_one_kind_is_removed_by_the_other(vm_kernel: Path, name: str):
+    half = state.State(reference_topology(), complete=False)
+    with state.locked(name):
+        state.save(name, half)
+    subprocess.run(["ip", "netns", "add", f"{name}-client"], check=True)
+    subprocess.run([DETOUR_LAB, "--name", name, "up", "--vm", "--kernel", vm_kernel], check=True)
+    assert not (namespaces.RUN / f"{name}-client").exists()
+    with state.locked(name):
+        state.forget(name)
+    subprocess.run([DETOUR_LAB, "--name", name, "down"], check=True)
+    assert not vm.folder_of(f"lab-{name}").exists()
+    with state.locked(name):
+        state.save(name, state.State(reference_topology(), complete=False, vm=True))
+    subprocess.run([DETOUR_LAB, "--name", name, "up"], check=True)
+    subprocess.run([DETOUR_LAB, "--name", name, "down"], check=True)
