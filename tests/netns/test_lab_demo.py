@@ -127,11 +127,7 @@ def test_a_claim_that_fails_is_an_error(name: str, tmp_path: Path,
         def claim(self) -> str:
             return "80 % only"
 
-    def fake(_: object, output: Path) -> Failed:
-        output.mkdir()
-        return Failed()
-
-    monkeypatch.setattr("detour_tools.lab.demo._Demo.run", fake)
+    monkeypatch.setattr("detour_tools.lab.demo._Demo.run", lambda *_: Failed())
     with pytest.raises(UserError, match="the claim does not hold: 80 % only"):
         demo.run(tmp_path / "demo", name)
 

@@ -32,7 +32,7 @@ def test_a_million_bad_datagrams(lab, start_server, start, backend):
     server = start_server(detour, "--backend", backend, "--rate", "0")
     asker = Asker(client, detour.address)
     served = set()
-    slowest = 0.0
+    answered_after = []
 
     def received() -> int:
         with namespaces.inside(detour.namespace):
@@ -40,7 +40,6 @@ def test_a_million_bad_datagrams(lab, start_server, start, backend):
 
     def flood(count: int, seed: int, rate: int) -> None:
         """Until the server has received so many more; asking it all the time."""
-        nonlocal slowest
         until = received() + count
         senders = [start(client, [sys.executable, "-m", "tests.netns.flood", detour.address,
                                   seed + number, rate // SENDERS]) for number in range(SENDERS)]
@@ -50,14 +49,15 @@ def test_a_million_bad_datagrams(lab, start_server, start, backend):
             assert time.monotonic() < deadline
             remote = parse_endpoint(f"130.104.230.45:{len(served) + 1}")
             began = time.monotonic()
-            served.add(("10.0.1.1", asker.ask(remote, 0), str(remote)))
-            slowest = max(slowest, time.monotonic() - began)
+            served.add(("10.0.1.1", asker.ask(remote, 0, tries=60), str(remote)))
+            answered_after.append(time.monotonic() - began)
             time.sleep(0.02)
         for sender in senders:
             sender.stop()
 
     # More than it can take: the kernel drops most, and still there are answers.
     flood(DATAGRAMS // 10, 1, 0)
+    answered_after.clear()
     before = resident_kib(server.process.pid)
     # At a pace at which it sees most of them.
     flood(DATAGRAMS, 11, RATE)
@@ -74,7 +74,7 @@ def test_a_million_bad_datagrams(lab, start_server, start, backend):
     assert {"private", "loopback", "multicast", "reserved"} <= set(found["refused"])
     # Room for the well-behaved client's own mappings, and for nothing a datagram.
     assert grown < 4096, f"{grown} KiB for a million datagrams"
-    assert slowest < 5.0
+    assert max(answered_after) < 5.0
     assert "Traceback" not in server.output
     assert len(server.lines) < len(served) + 1000, "bad datagrams are logged at a bounded rate"
 

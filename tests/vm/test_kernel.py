@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The kernel's path manager: its interface, as a stranger would use it, and its own tests."""
 
+import errno
 import re
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 from detour_tools.lab.daemons import Daemon
 from tests.vm.conftest import Vm
 from tests.vm.kernel.net import (
+    HERE,
     NOBODY,
     PATIENCE,
     REMOTE,
@@ -108,6 +110,62 @@ def test_deleted_detours_are_not_used_and_subflows_live_on(net: Net, server: Dae
         assert net.counters()["DetourNatJoin"] == 1
 
 
+def test_interfaces_are_not_for_connections_within_the_host(net: Net, server: Daemon):
+    net.add("tun0")
+    with net.start("c", net.programs / "load", "serve", SERVERS, 1) as here:
+        here.wait_line("serving", PATIENCE)
+        with net.held("127.0.0.1"), net.held("10.0.1.1"), net.held("dead:beef:1::1"):
+            net.wait_counter("DetourReqDrop", 3)
+            with net.held():
+                net.wait_counter("MPJoinSynAckRx", 1)
+            assert net.counters()["DetourVpnJoin"] == 1
+
+
+BOUND = f"""
+import socket, time
+with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262) as it:
+    it.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+    it.connect(("{REMOTE}", {SERVERS}))
+    it.send(b"x")
+    it.recv(1)
+    print("ready", flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_interfaces_are_not_for_programs_that_chose_another(net: Net, server: Daemon):
+    net.add("tun0")
+    with net.start("c", *SPEC[:-1], "-c", BOUND) as bound:
+        bound.wait_line("ready", PATIENCE)
+        net.wait_counter("DetourReqDrop", 1)
+        with net.held():
+            net.wait_counter("MPJoinSynAckRx", 1)
+        assert net.counters()["DetourVpnJoin"] == 1
+
+
+def test_an_interface_that_was_away_is_used_once_its_entry_is_renewed(net: Net, server: Daemon):
+    net.add("tun0")
+    net.vm.run([HERE / "network", "tunnel-down", net.name])
+    try:
+        with net.held():
+            net.wait_counter("DetourReqDrop", 1)
+            net.vm.run([HERE / "network", "tunnel-up", net.name])
+            net.add("tun0")
+            net.wait_counter("MPJoinSynAckRx", 1)
+    finally:
+        net.vm.run([HERE / "network", "tunnel-up", net.name], status=None)
+
+
+def test_more_subflows_are_for_connections_that_are_there(net: Net, server: Daemon):
+    net.set("detour_subflows=1")
+    net.add(nat(number=0))
+    with net.held():
+        assert net.counters()["DetourReqDrop"] == 0
+        net.set("detour_subflows=2")
+        net.add(nat(number=1))
+        net.wait_counter("MPJoinSynAckRx", 1)
+
+
 # Who may
 
 
@@ -136,6 +194,30 @@ def test_namespaces_do_not_meet(net: Net, server: Daemon):
         with net.held():
             here.wait_line("^req ", PATIENCE)
         assert elsewhere.wait_line("^(req|nothing)", PATIENCE) == "nothing"
+
+
+SANDBOXED = f"""
+import ctypes, socket, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+if "sandboxed" in sys.argv:
+    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    # linux/landlock.h: handled are LANDLOCK_ACCESS_NET_CONNECT_TCP, none is allowed
+    rules = libc.syscall(444, struct.pack("QQ", 0, 1 << 1), 16, 0)
+    assert rules >= 0 and libc.syscall(446, rules, 0) == 0, ctypes.get_errno()
+with socket.socket() as it:
+    print(it.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL), end=" ")
+    print(it.connect_ex(("{REMOTE}", {SERVERS})))
+"""
+
+
+def test_rules_for_tcp_hold_for_upgraded_programs(net: Net, server: Daemon):
+    if not is_debug(net.vm):
+        pytest.skip("this needs a kernel with Landlock: pytest --kernel debug")
+    run = ["c", *SPEC[:-1], "-c", SANDBOXED]
+    assert net.run(*run, "sandboxed") == f"6 {errno.EACCES}\n"
+    net.set("detour_upgrade_tcp=1")
+    assert net.run(*run) == "262 0\n"
+    assert net.run(*run, "sandboxed") == f"262 {errno.EACCES}\n"
 
 
 # What is refused

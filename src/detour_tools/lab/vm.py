@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ class Machine:
     def _run_qemu(self, settings: Settings, lock: int, taps: list[int], *, detached: bool) -> None:
         (self.folder / "config").write_text(_config(settings), encoding="utf-8")
         follow_us = [] if detached else ["setpriv", "--pdeathsig", "KILL"]
-        with (self.folder / "qemu.log").open("wb") as log:
+        # Signals wait until we know what there is to be ended.
+        with (self.folder / "qemu.log").open("wb") as log, _signals_wait():
             # The lock goes with QEMU: as long as it is held, the VM lives.
             self._process = subprocess.Popen(
                 [*follow_us, *_qemu(settings, self.folder, taps)], stdin=subprocess.DEVNULL,
@@ -358,3 +360,22 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """A signal whose handler may raise takes effect after the block."""
+    if threading.current_thread() is not threading.main_thread():  # no handler runs here
+        yield
+        return
+    caught: list[int] = []
+    before = {signum: signal.signal(signum, lambda number, _: caught.append(number))
+              for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if callable(signal.getsignal(signum))}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for number in caught:
+            signal.raise_signal(number)
