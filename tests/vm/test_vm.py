@@ -253,7 +253,7 @@ def test_nothing_is_left_after_a_signal(vm_kernel: Path, bridged: Host, signum: 
     assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum)
     wait_for(lambda: ports(bridged) == [], 5)
     wait_for(lambda: all("qemu" not in command for _, command in bridged.processes()), 5)
-    assert left_by(process) == []
+    wait_for(lambda: left_by(process) == [], 5)
 
 
 # The session's VM, and labs within
