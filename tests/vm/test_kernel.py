@@ -143,12 +143,18 @@ def test_interfaces_are_not_for_programs_that_chose_another(net: Net, server: Da
         assert net.counters()["DetourVpnJoin"] == 1
 
 
-def test_an_interface_that_was_away_is_used_once_its_entry_is_renewed(net: Net, server: Daemon):
+@pytest.mark.parametrize("how", ["down", "away"])
+def test_an_interface_that_comes_later_is_used_once_its_entry_is_renewed(net: Net, server: Daemon,
+                                                                         how: str):
     net.add("tun0")
-    net.vm.run([HERE / "network", "tunnel-down", net.name])
+    net.vm.run(["ip", "-n", f"{net.name}-c", "link", "set", "tun0", "down"])
     try:
+        if how == "away":
+            net.vm.run([HERE / "network", "tunnel-down", net.name])
         with net.held():
             net.wait_counter("DetourReqDrop", 1)
+            if how == "down":
+                net.vm.run([HERE / "network", "tunnel-down", net.name])
             net.vm.run([HERE / "network", "tunnel-up", net.name])
             net.add("tun0")
             net.wait_counter("MPJoinSynAckRx", 1)
