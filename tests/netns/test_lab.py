@@ -22,9 +22,8 @@ from detour_tools.lab import namespaces, state
 from detour_tools.lab.daemons import wait_for
 from detour_tools.lab.network import Lab
 from detour_tools.lab.topology import reference_topology
+from tests.detour_lab import DETOUR_LAB
 from tests.netns.conftest import MakeLab, Start, StartCapture, traces
-
-DETOUR_LAB = str(Path(sysconfig.get_path("scripts"), "detour-lab"))
 
 
 def machine() -> dict[str, set[str]]:

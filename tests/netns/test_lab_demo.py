@@ -5,9 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,29 +13,15 @@ from detour_tools.errors import UserError
 from detour_tools.lab import demo, results, tools, transfers
 from detour_tools.lab.captures import segments
 from detour_tools.lab.daemons import wait_for
+from tests.detour_lab import DETOUR_LAB, running
 from tests.netns.conftest import traces
 
-DETOUR_LAB = str(Path(sysconfig.get_path("scripts"), "detour-lab"))
 LAB_IS_BUILT = "A server that speaks"
 PROGRAMS_RUN = "$ curl http://server/file"
 
 
-@contextmanager
-def running(name: str, output: Path, until: str) -> Iterator[subprocess.Popen[str]]:
-    """The demo as a user starts it, as far as to the line with ``until``."""
-    with subprocess.Popen([DETOUR_LAB, "--name", name, "demo", "--output", output],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          start_new_session=True) as process:
-        try:
-            assert process.stdout is not None
-            seen = ""
-            while until not in seen:
-                line = process.stdout.readline()
-                assert line, (seen, process.stderr)
-                seen += line
-            yield process
-        finally:
-            process.kill()
+def shown(name: str, folder: Path) -> list[object]:
+    return ["--name", name, "demo", "--output", folder / "demo"]
 
 
 def test_the_demo_from_end_to_end_shortened(name: str, tmp_path: Path,
@@ -79,7 +62,7 @@ def test_the_demo_from_end_to_end_shortened(name: str, tmp_path: Path,
     (PROGRAMS_RUN, signal.SIGHUP, 129),
 ])
 def test_interrupted(name: str, tmp_path: Path, moment: str, signum: int, status: int):
-    with running(name, tmp_path / "demo", moment) as process:
+    with running(moment, *shown(name, tmp_path)) as process:
         # As a terminal does it, the whole group is told; and then once more, by an impatient user.
         os.killpg(process.pid, signum)
         os.killpg(process.pid, signum)
@@ -90,11 +73,11 @@ def test_interrupted(name: str, tmp_path: Path, moment: str, signum: int, status
 
 
 def test_after_sigkill_the_next_start_cleans_up(name: str, tmp_path: Path):
-    with running(name, tmp_path / "demo", PROGRAMS_RUN) as process:
+    with running(PROGRAMS_RUN, *shown(name, tmp_path)) as process:
         process.kill()
         process.communicate(timeout=10)
     assert traces(name)
-    with running(name, tmp_path / "demo", PROGRAMS_RUN) as process:
+    with running(PROGRAMS_RUN, *shown(name, tmp_path)) as process:
         process.send_signal(signal.SIGINT)
         told, complaint = process.communicate(timeout=20)
     assert (process.returncode, complaint) == (130, "")
@@ -106,7 +89,7 @@ def test_after_sigkill_the_next_start_cleans_up(name: str, tmp_path: Path):
                                                ("detour", "detour-server")])
 def test_a_program_that_dies_is_told_in_one_line(name: str, tmp_path: Path, host: str,
                                                  program: str):
-    with running(name, tmp_path / "demo", PROGRAMS_RUN) as process:
+    with running(PROGRAMS_RUN, *shown(name, tmp_path)) as process:
         found = subprocess.run(["ip", "netns", "pids", f"{name}-{host}"], capture_output=True,
                                text=True, check=True).stdout.split()
         victim = next(int(pid) for pid in found
@@ -133,7 +116,7 @@ def test_a_claim_that_fails_is_an_error(name: str, tmp_path: Path,
 
 
 def test_two_demos_at_once(name: str, tmp_path: Path):
-    with running(name, tmp_path / "demo", "The lab") as first:
+    with running("The lab", *shown(name, tmp_path)) as first:
         second = subprocess.run([DETOUR_LAB, "--name", name, "demo"], capture_output=True,
                                 text=True, check=False, cwd=tmp_path)
         assert (second.returncode, second.stderr) == (

@@ -12,7 +12,6 @@ import shlex
 import signal
 import struct
 import subprocess
-import sysconfig
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -27,10 +26,10 @@ from detour_tools.lab.captures import Capture
 from detour_tools.lab.daemons import Daemon, wait_for
 from detour_tools.lab.network import Host
 from detour_tools.lab.topology import reference_topology
+from tests.detour_lab import DETOUR_LAB
 from tests.netns.conftest import unique_lab_name
 from tests.vm.conftest import MakeVmLab, Vm
 
-DETOUR_LAB = str(Path(sysconfig.get_path("scripts"), "detour-lab"))
 Call = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -4,10 +4,7 @@
 import os
 import re
 import signal
-import subprocess
-import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,8 @@ from detour_tools.lab import vm, walkthrough
 from detour_tools.lab.captures import segments
 from detour_tools.lab.network import Lab
 from detour_tools.lab.topology import reference_topology
+from tests.detour_lab import running
 from tests.netns.conftest import traces, unique_lab_name
-
-DETOUR_LAB = str(Path(sysconfig.get_path("scripts"), "detour-lab"))
-
 
 _before: dict[str, set[str]] = {}
 
@@ -72,24 +67,9 @@ def test_from_end_to_end(vm_kernel: Path, name: str, path_manager: str, tmp_path
     assert {"10.0.3.2", "10.0.6.2"} < ends
 
 
-@contextmanager
-def running(name: str, vm_kernel: Path, output: Path, until: str
-            ) -> Iterator["subprocess.Popen[str]"]:
-    """The walk-through as a user starts it, as far as to the line with ``until``."""
-    with subprocess.Popen([DETOUR_LAB, "--name", name, "walkthrough", "--output", output,
-                           "--kernel", vm_kernel, "--path-manager", "userspace"],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          start_new_session=True) as process:
-        try:
-            assert process.stdout is not None
-            seen = ""
-            while until not in seen:
-                line = process.stdout.readline()
-                assert line, (seen, process.stderr)
-                seen += line
-            yield process
-        finally:
-            process.kill()
+def shown(name: str, vm_kernel: Path, folder: Path) -> list[object]:
+    return ["--name", name, "walkthrough", "--output", folder / "out", "--kernel", vm_kernel,
+            "--path-manager", "userspace"]
 
 
 @pytest.mark.parametrize(("moment", "signum", "status"), [
@@ -99,7 +79,7 @@ def running(name: str, vm_kernel: Path, output: Path, until: str
 ])
 def test_interrupted(vm_kernel: Path, name: str, tmp_path: Path, moment: str, signum: int,
                      status: int):
-    with running(name, vm_kernel, tmp_path / "out", moment) as process:
+    with running(moment, *shown(name, vm_kernel, tmp_path)) as process:
         os.killpg(process.pid, signum)
         os.killpg(process.pid, signum)
         _, complaint = process.communicate(timeout=60)
@@ -109,11 +89,11 @@ def test_interrupted(vm_kernel: Path, name: str, tmp_path: Path, moment: str, si
 
 
 def test_after_sigkill_the_next_start_cleans_up(vm_kernel: Path, name: str, tmp_path: Path):
-    with running(name, vm_kernel, tmp_path / "out", "| mptcpize run nc") as process:
+    with running("| mptcpize run nc", *shown(name, vm_kernel, tmp_path)) as process:
         process.kill()
         process.communicate(timeout=10)
     assert traces(name)
-    with running(name, vm_kernel, tmp_path / "out", "$ detour-lab vm") as process:
+    with running("$ detour-lab vm", *shown(name, vm_kernel, tmp_path)) as process:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert left(name) == []

@@ -17,7 +17,18 @@ from detour_tools.cli import common
 from detour_tools.errors import UserError
 
 try:
-    from detour_tools.lab import demo, graph, network, session, state, tools, vm, vmlab, walkthrough
+    from detour_tools.lab import (
+        demo,
+        graph,
+        network,
+        session,
+        signals,
+        state,
+        tools,
+        vm,
+        vmlab,
+        walkthrough,
+    )
 except ModuleNotFoundError as error:
     sys.exit(f"detour-lab: missing: the Python package {error.name} "
              "(install detour-tools[lab], or use 'make venv')")
@@ -245,7 +256,7 @@ def _up(arguments: argparse.Namespace) -> None:
 
 def _up_in_vm(arguments: argparse.Namespace) -> None:
     lab = vmlab.VmLab(_topology(arguments), arguments.name)
-    with vm.ended_by_signals():
+    with signals.leading_out():
         built = lab.up(_vm_settings(arguments), _topology_options(arguments))
     print(f"the lab '{lab.name}' {'is up' if built else 'was up already'} in a VM: "
           f"{lab.topology.title}")
@@ -283,7 +294,7 @@ def _vm(arguments: argparse.Namespace) -> int:
         if deadline is not None and time.monotonic() > deadline:
             raise UserError(f"the VM was ended after {arguments.timeout:g} s", status=124)
 
-    with vm.ended_by_signals(), vm.Machine.start(settings) as machine:
+    with signals.leading_out(), vm.Machine.start(settings) as machine:
         return session.attach(
             machine.folder, command or [os.environ.get("SHELL") or "/bin/sh"],
             env=network.environment(), on_turn=check,

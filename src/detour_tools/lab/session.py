@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from detour_tools.errors import UserError
+from detour_tools.lab import signals
 from detour_tools.lab.guest.agent import decode, encode
 
 PORTS: Final = 30  # what a virtio-serial device has, but for one
@@ -320,27 +321,21 @@ def _forwarding(session: Session) -> Iterator[None]:
             raise SystemExit(128 + last[0][0])
 
     session.on_turn = check
-    before = {signum: signal.signal(signum, pass_on) for signum in _FORWARDED
-              if signal.getsignal(signum) != signal.SIG_IGN}  # nohup stays nohup
-    try:
+    with signals.taken(pass_on, *_FORWARDED):
         yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager
 def _raw_terminal(session: Session) -> Iterator[None]:
     """Every key goes to the VM's terminal; and so does the window's size."""
     before = termios.tcgetattr(0)
-    handler = signal.signal(signal.SIGWINCH, lambda *_: session.resize(
-        *reversed(os.get_terminal_size())))
-    tty.setraw(0, termios.TCSADRAIN)  # what was typed meanwhile is kept
-    try:
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
-        signal.signal(signal.SIGWINCH, handler)
+    with signals.taken(lambda *_: session.resize(*reversed(os.get_terminal_size())),
+                       signal.SIGWINCH):
+        tty.setraw(0, termios.TCSADRAIN)  # what was typed meanwhile is kept
+        try:
+            yield
+        finally:
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
 def _main() -> None:

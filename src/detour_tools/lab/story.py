@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from rich.console import Console
 from rich.markup import escape
 
 from detour_tools.errors import UserError
-from detour_tools.lab import state
+from detour_tools.lab import signals, state
 from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Host, Lab
 from detour_tools.lab.topology import reference_topology
@@ -77,16 +77,15 @@ class Signals:
 
     def __init__(self) -> None:
         self._caught: int | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[signum] = signal.signal(signum, self._note)
+        self._undo.enter_context(signals.taken(
+            self._note, signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+        self._undo.close()
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         self._caught = self._caught or signum

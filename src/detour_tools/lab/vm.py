@@ -18,16 +18,14 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
 from detour_tools import runtime
 from detour_tools.errors import UserError
-from detour_tools.lab import session
+from detour_tools.lab import session, signals
 from detour_tools.lab.session import PORTS
 from detour_tools.lab.tools import need_tools
 
@@ -138,7 +136,7 @@ class Machine:
         (self.folder / "config").write_text(_config(settings), encoding="utf-8")
         follow_us = [] if detached else ["setpriv", "--pdeathsig", "KILL"]
         # Signals wait until we know what there is to be ended.
-        with (self.folder / "qemu.log").open("wb") as log, _signals_wait():
+        with (self.folder / "qemu.log").open("wb") as log, signals.held_back():
             # The lock goes with QEMU: as long as it is held, the VM lives.
             self._process = subprocess.Popen(
                 [*follow_us, *_qemu(settings, self.folder, taps)], stdin=subprocess.DEVNULL,
@@ -346,36 +344,3 @@ def _quote(path: Path) -> str:
 def _mac() -> str:
     """An address nobody else has, of QEMU's own range."""
     return "52:54:00:" + ":".join(f"{byte:02x}" for byte in secrets.token_bytes(3))
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as SIGINT does: by an exception, with status 128 + n."""
-    def leave(signum: int, _frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    before = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """A signal whose handler may raise takes effect after the block."""
-    if threading.current_thread() is not threading.main_thread():  # no handler runs here
-        yield
-        return
-    caught: list[int] = []
-    before = {signum: signal.signal(signum, lambda number, _: caught.append(number))
-              for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-              if callable(signal.getsignal(signum))}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        for number in caught:
-            signal.raise_signal(number)
