@@ -155,7 +155,7 @@ def build(plan: Plan, lock: Lock, jobs: int) -> None:
     begun = (tree.path / f"build-{plan.config.name}").exists()
     check_space(cache(), 1 if begun else plan.config.gigabytes)
     tree.go_to(tree.commits(list(plan.patches))[-1])
-    objects = Objects(tree, plan.config.name, lock, jobs)
+    objects = Objects(tree, plan.config.name, jobs)
     objects.configure(plan.start, plan.lines)
     for left in _packages(tree.path):
         left.unlink()
@@ -170,11 +170,10 @@ def build(plan: Plan, lock: Lock, jobs: int) -> None:
 class Objects:
     """An object folder within the tree."""
 
-    def __init__(self, tree: Tree, name: str, lock: Lock, jobs: int) -> None:
+    def __init__(self, tree: Tree, name: str, jobs: int) -> None:
         self.tree = tree
         self.path = tree.path / f"build-{name}"
         self.log = cache() / "logs" / f"{name}.log"
-        self._lock = lock
         self._jobs = jobs
         self.path.mkdir(exist_ok=True)
         self._stamp = self.path / ".at-work"
@@ -192,7 +191,7 @@ class Objects:
             asked.write_text(text)
             target, env = "allnoconfig", {"KCONFIG_ALLCONFIG": str(asked)}
         run_logged(["make", f"O={self.path.name}", target], what="configuring",
-                   log=self.log, lock=self._lock, cwd=self.tree.path, env=env)
+                   log=self.log, cwd=self.tree.path, env=env)
         lost = fragments.lost((self.path / ".config").read_text(), list(lines), modules=bool(start))
         if lost:
             more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
@@ -208,7 +207,7 @@ class Objects:
         env = {"KBUILD_BUILD_TIMESTAMP": date, "KBUILD_BUILD_USER": "detour-tools",
                "KBUILD_BUILD_HOST": "localhost", "KBUILD_BUILD_VERSION": version, **variables}
         run_logged(["make", f"O={self.path.name}", f"-j{self._jobs}", f"LOCALVERSION={suffix}",
-                    *targets], what=what, log=log or self.log, lock=self._lock,
+                    *targets], what=what, log=log or self.log,
                    cwd=self.tree.path, env=env, stamp=self._stamp)
 
     def _distrust(self) -> None:

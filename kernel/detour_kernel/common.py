@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn
+from typing import ClassVar, Final, NoReturn
 
 KERNEL: Final = Path(__file__).resolve().parent.parent
 SETUP: Final = "run 'scripts/setup kernel'"
@@ -112,6 +112,8 @@ class Lock:
     holds the others off.
     """
 
+    inherited: ClassVar[tuple[int, ...]] = ()
+
     def __init__(self) -> None:
         cache().mkdir(parents=True, exist_ok=True)
         self.file = os.open(cache() / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -126,9 +128,11 @@ class Lock:
         os.ftruncate(self.file, 0)
         holder = f"process {os.getpid()}, since {time.strftime('%H:%M:%S')}\n"
         os.pwrite(self.file, holder.encode(), 0)
+        Lock.inherited = (self.file,)
         return self
 
     def __exit__(self, *_: object) -> None:
+        Lock.inherited = ()
         os.ftruncate(self.file, 0)
         os.close(self.file)
 
@@ -138,7 +142,7 @@ def capture(command: Sequence[str | Path], *, cwd: Path | None = None,
     """The output of a short command; a Problem with its last complaint when it fails."""
     done = subprocess.run([str(word) for word in command], cwd=cwd, input=text or "",
                           env={**os.environ, **(env or {})}, capture_output=True, text=True,
-                          errors="surrogateescape", check=False)
+                          errors="surrogateescape", check=False, pass_fds=Lock.inherited)
     if done.returncode:
         complaint = (done.stderr.strip() or done.stdout.strip() or
                      f"exit status {done.returncode}").splitlines()[-1]
@@ -151,7 +155,7 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def run_logged(command: Sequence[str | Path], *, what: str, log: Path, lock: Lock, cwd: Path,
+def run_logged(command: Sequence[str | Path], *, what: str, log: Path, cwd: Path,
                env: Mapping[str, str] | None = None, stamp: Path | None = None) -> None:
     """Run a long command with its output in ``log``, telling now and then how far it is.
 
@@ -169,7 +173,7 @@ def run_logged(command: Sequence[str | Path], *, what: str, log: Path, lock: Loc
         process = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *map(str, command)], cwd=cwd,
                                    env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL,
                                    stdout=output, stderr=subprocess.STDOUT, process_group=0,
-                                   pass_fds=(lock.file,))
+                                   pass_fds=Lock.inherited)
         try:
             with _news(what, log, began) as tell:
                 while True:

@@ -59,24 +59,24 @@ def build() -> tuple[Path, str]:
             if not folder.exists():  # nobody made it while we waited
                 tree = Tree(base, lock)
                 tree.go_to(tree.commits(patches)[-1])
-                _make(tree, folder, lock)
+                _make(tree, folder)
     programs = folder / "net" / "mptcp"
     folder.touch()  # the newest
     return programs, origin
 
 
-def _make(tree: Tree, folder: Path, lock: Lock) -> None:
+def _make(tree: Tree, folder: Path) -> None:
     objects, log = tree.path / "build-selftests", cache() / "logs" / "selftests.log"
     aside = folder.with_name("new")
     for each in (objects, aside):
         remove(each)
         each.mkdir(parents=True)
     run_logged(["make", f"O={objects.name}", "headers"], what="the kernel's headers", log=log,
-               lock=lock, cwd=tree.path)
+               cwd=tree.path)
     run_logged(["make", "-C", "tools/testing/selftests", "TARGETS=net/mptcp", f"O={objects}",
                 f"KHDR_INCLUDES=-isystem {objects}/usr/include", f"INSTALL_PATH={aside}",
                 "install"],
-               what="building the selftests", log=log, lock=lock, cwd=tree.path)
+               what="building the selftests", log=log, cwd=tree.path)
     remove(objects)
     aside.rename(folder)
     old = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
