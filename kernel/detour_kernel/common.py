@@ -61,7 +61,10 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         signal.signal(number, stop)
     # What we start shall speak the language that we read, and no other configuration of git
     # than ours may change what a patch looks like.
-    os.environ.update(LC_ALL="C.UTF-8", GIT_CONFIG_NOSYSTEM="1", GIT_CONFIG_GLOBAL="/dev/null")
+    os.environ.update(LC_ALL="C.UTF-8", GIT_CONFIG_NOSYSTEM="1", GIT_CONFIG_GLOBAL="/dev/null",
+                      # Root may work in a user's folder.
+                      GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0="safe.directory",
+                      GIT_CONFIG_VALUE_0="*")
     for name in list(os.environ):
         if name.startswith(("GIT_DIR", "GIT_INDEX", "GIT_WORK", "KBUILD_", "KCONFIG_")):
             del os.environ[name]

@@ -139,8 +139,7 @@ class Tree:
 
 def git(folder: Path, *words: str, env: Mapping[str, str] | None = None) -> str:
     """The output of a git command in a folder."""
-    # Root may work in a user's folder.
-    return capture(["git", "-c", "safe.directory=*", "-c", "gc.auto=0", "-c", "core.pager=cat",
+    return capture(["git", "-c", "gc.auto=0", "-c", "core.pager=cat",
                     "-C", folder, *words], env=env)
 
 
