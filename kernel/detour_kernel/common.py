@@ -41,8 +41,7 @@ class Interrupted(Problem):
 
     def __init__(self, number: int) -> None:
         self.status = 128 + number
-        super().__init__(f"stopped by {signal.Signals(number).name}; "
-                         "what was compiled is kept for the next time")
+        super().__init__(f"stopped by {signal.Signals(number).name}")
 
 
 def say(text: str) -> None:
@@ -68,6 +67,9 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     for name in list(os.environ):
         if name.startswith(("GIT_DIR", "GIT_INDEX", "GIT_WORK", "KBUILD_", "KCONFIG_")):
             del os.environ[name]
+    # None are those that were closed when we started.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         status = main()
         sys.stdout.flush()
@@ -147,9 +149,11 @@ def capture(command: Sequence[str | Path], *, cwd: Path | None = None,
                           env={**os.environ, **(env or {})}, capture_output=True, text=True,
                           errors="surrogateescape", check=False, pass_fds=Lock.inherited)
     if done.returncode:
-        complaint = (done.stderr.strip() or done.stdout.strip() or
-                     f"exit status {done.returncode}").splitlines()[-1]
-        raise Problem(f"{Path(command[0]).name}: {complaint}")
+        said = (done.stderr.strip() or done.stdout.strip() or
+                f"exit status {done.returncode}").splitlines()
+        # Git says what is wrong first, and then how to go on.
+        complaints = [line for line in said if line.startswith(("error: ", "fatal: "))]
+        raise Problem(f"{Path(command[0]).name}: {(complaints or said)[-1]}")
     return done.stdout
 
 
@@ -187,6 +191,7 @@ def run_logged(command: Sequence[str | Path], *, what: str, log: Path, cwd: Path
         except BaseException:
             if _end(process) and stamp:
                 stamp.unlink(missing_ok=True)
+                say("what was compiled is kept for the next time")
             raise
     if stamp and process.returncode >= 0:  # not killed, by the kernel for its memory say
         stamp.unlink(missing_ok=True)

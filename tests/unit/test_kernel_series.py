@@ -52,3 +52,10 @@ def test_a_branch_that_does_not_stand_on_base_is_refused(tree: Path) -> None:
     status, said = export(tree)
     assert status == 1
     assert said.endswith("does not stand on 'base'; rebase onto it\n")
+
+
+def test_a_tree_of_something_else_is_refused(tree: Path) -> None:
+    subprocess.run(["git", "-C", tree, "branch", "-m", "base", "main"], check=True)
+    status, said = export(tree)
+    assert status == 1
+    assert said.endswith("has no branch 'base'; kernel/import makes a tree that has\n")

@@ -166,7 +166,10 @@ def test_a_vm_that_dies_is_one_line(boot: Call):
     (["--memory", "much"], 2,
      "argument --memory: 'much' is not MiB such as 1024, or GiB such as 2G"),
     (["--append", "init=/bin/sh"], 2, "--append 'init=/bin/sh' would keep the VM from booting"),
+    (["--bridge", "a-name-that-is-too-long"], 1,
+     "'a-name-that-is-too-long' cannot be the name of a bridge"),
     (["--", "nonesuch"], 127, "there is no command 'nonesuch'"),
+    (["--", "/etc/passwd"], 126, "/etc/passwd is not executable"),
     (["--bogus"], 2, "unrecognized arguments: --bogus"),
 ])
 def test_what_is_wrong_is_one_line(boot: Call, arguments: list[str], status: int,

@@ -24,6 +24,13 @@ class Parser(argparse.ArgumentParser):
         """Print the error in one line and exit with status 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As in the base; but what nobody knows is an error of the command that it was given to."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
 
 def parser(prog: str, description: str, epilog: str = "") -> Parser:
     """The top-level parser of a console script."""
@@ -69,7 +76,7 @@ def _bounded(kind: Callable[[str], Number], name: str, minimum: Number, maximum:
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not a {name}") from None
         if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text} is not from {minimum:g} to {maximum:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {minimum:.12g} to {maximum:.12g}")
         return value
     return convert
 
@@ -84,6 +91,9 @@ def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
 
     A UserError becomes one line on stderr; SIGINT ends with 130, a closed pipe silently.
     """
+    # None are those that were closed when we started.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         try:
             status = main() or 0

@@ -287,6 +287,8 @@ def _vm(arguments: argparse.Namespace) -> int:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     settings = _vm_settings(arguments)
     if command and shutil.which(command[0], path=tools.search_path()) is None:
+        if "/" in command[0] and os.path.exists(command[0]):
+            raise UserError(f"{command[0]} is not executable", status=126)
         raise UserError(f"there is no command '{command[0]}'", status=127)
     deadline = None if arguments.timeout is None else time.monotonic() + arguments.timeout
 

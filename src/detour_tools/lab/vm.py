@@ -262,6 +262,8 @@ def _make_tap(name: str, bridge: str) -> int:
     from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
 
     with IPRoute() as route:
+        if not re.fullmatch(r"[^\s/:]{1,15}", bridge):  # dev_valid_name() of the kernel
+            raise UserError(f"'{bridge}' cannot be the name of a bridge")
         found = route.link_lookup(ifname=bridge)
         if not found:
             raise UserError(f"there is no bridge '{bridge}'",
