@@ -29,7 +29,7 @@ _IDLE_SECONDS = 10.0
 
 def socket_path(program: str) -> Path:
     """Where ``program`` listens in this network namespace."""
-    return runtime.directory() / f"{program}.sock"
+    return runtime.directory(program) / f"{program}.sock"
 
 
 def check_group(name: str | None) -> int:
@@ -44,6 +44,7 @@ class ControlServer:
     """Serves ``handlers`` (by command name) on the control socket of ``program``."""
 
     def __init__(self, program: str, handlers: dict[str, Handler], group: str | None) -> None:
+        self._program = program
         self._path = socket_path(program)
         self._handlers = handlers
         self._group = group
@@ -52,7 +53,7 @@ class ControlServer:
     async def start(self) -> None:
         """Listen; raises UserError when the group does not exist."""
         gid = check_group(self._group)
-        runtime.make_directory()
+        runtime.make_directory(self._program)
         self._path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         old_mask = os.umask(0o177)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where a running program keeps its socket, lock and journal: one folder a network namespace.
+"""Where a running program keeps its socket, lock and journal: a folder for each network namespace.
 
-The folder is named after the namespace's cookie, which the kernel never gives twice in one boot
+Each program has its own, so that each may run as a user of its own (systemd's RuntimeDirectory=).
+
+It is named after the namespace's cookie, which the kernel never gives twice in one boot
 (``SO_NETNS_COOKIE``, Linux 5.14), so that two namespaces never meet and nothing stale is ever
 mistaken for our own. ``/run`` is emptied at boot, and so are sysctls and firewall rules.
 """
@@ -9,6 +11,7 @@ mistaken for our own. ``/run`` is emptied at boot, and so are sysctls and firewa
 import contextlib
 import fcntl
 import os
+import shutil
 import socket
 import struct
 from pathlib import Path
@@ -32,19 +35,34 @@ def netns_cookie() -> int:
     return int(struct.unpack("=Q", raw)[0])
 
 
-def directory() -> Path:
-    """The folder of this network namespace; it may not exist yet."""
-    return ROOT / f"netns-{netns_cookie()}"
+def directory(program: str) -> Path:
+    """The folder of ``program`` for this network namespace; it may not exist yet."""
+    return ROOT / program / f"netns-{netns_cookie()}"
 
 
-def make_directory() -> Path:
-    """Make the folder of this network namespace, and return it."""
-    path = directory()
-    try:
-        path.mkdir(mode=0o755, parents=True, exist_ok=True)
-    except PermissionError as error:
-        raise UserError(f"cannot write to {ROOT}", "run it as root") from error
-    return path
+def make_directory(program: str) -> Path:
+    """Make the folder of ``program`` for this network namespace, and return it."""
+    path = directory(program)
+    while True:
+        try:
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        except FileNotFoundError:  # another one has just removed a parent that was empty
+            continue
+        except PermissionError as error:
+            raise UserError(f"cannot write to {path.parent}", "run it as root") from error
+        return path
+
+
+def remove_directories() -> None:
+    """Remove the folders of all programs for this network namespace, with what is in them."""
+    for path in ROOT.glob(f"*/netns-{netns_cookie()}"):
+        shutil.rmtree(path, ignore_errors=True)
+        _remove_if_empty(path.parent)
+
+
+def _remove_if_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def has_capability(name: str) -> bool:
@@ -68,9 +86,14 @@ class InstanceLock:
     """
 
     def __init__(self, program: str) -> None:
-        self._path = make_directory() / f"{program}.lock"
         while True:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._path = make_directory(program) / f"{program}.lock"
+            try:
+                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:  # its holder removed the folder just now
+                continue
+            except PermissionError:
+                raise UserError(f"may not write {self._path}", "it is another user's") from None
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -85,8 +108,8 @@ class InstanceLock:
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Let another instance start; the folder goes too if nothing is left in it."""
+        """Let another instance start; the folders go too if nothing is left in them."""
         self._path.unlink(missing_ok=True)
         os.close(self._fd)
-        with contextlib.suppress(OSError):
-            self._path.parent.rmdir()
+        _remove_if_empty(self._path.parent)
+        _remove_if_empty(self._path.parent.parent)

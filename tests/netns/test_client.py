@@ -197,7 +197,8 @@ def test_the_sysctl_and_the_files_are_put_back(lab, start_client, signum):
 def _runtime_folder(host):
     """The daemon's folder, by asking Python inside the namespace."""
     return Path(host.run([sys.executable, "-c",
-                          "from detour_tools import runtime; print(runtime.directory())"
+                          "from detour_tools import runtime; "
+                          "print(runtime.directory('detour-client'))"
                           ]).stdout.strip())
 
 

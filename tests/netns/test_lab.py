@@ -142,7 +142,7 @@ def test_down_leaves_nothing(name: str):
                        "while :; do sleep 0.01 & wait; done"):
             lab.host("detour2").popen(["sh", "-c", f": marker-{name}; {script}"])
         with namespaces.inside(lab.host("detour").namespace):
-            folder = runtime.make_directory()
+            folder = runtime.make_directory("detour-server")
         (folder / "detour-server.lock").touch()
         wait_for(lambda: len(lab.host("detour2").processes()) >= 3)
         lab.set_link("L2", up=False)

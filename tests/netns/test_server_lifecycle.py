@@ -35,7 +35,7 @@ def flow_through(lab: Lab, asker: Asker, proposed: int = 80) -> Flow:
 
 def runtime_folder(lab: Lab) -> Path:
     with namespaces.inside(lab.host("detour").namespace):
-        return runtime.directory()
+        return runtime.directory("detour-server")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -131,8 +131,7 @@ def remove(name: str) -> None:
     """Remove a namespace and all that belongs to it; nothing happens when there is none."""
     if usable(name):
         with inside(name):
-            folder = runtime.directory()
-        shutil.rmtree(folder, ignore_errors=True)
+            runtime.remove_directories()
     with contextlib.suppress(FileNotFoundError):
         netns.remove(name)
     shutil.rmtree(ETC / name, ignore_errors=True)

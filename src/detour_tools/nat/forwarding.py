@@ -45,10 +45,18 @@ class Chain:
 
 def warnings() -> list[str]:
     """One line for each chain or rule that would drop detoured packets. Blocks."""
-    found = [*parse_nft(_nft_text()), *parse_legacy(_legacy_text())]
+    found = parse_nft(_nft_text())
+    try:
+        found += parse_legacy(_legacy_text())
+    except PermissionError:
+        unread = ["legacy iptables rules are in use here, and only root may read them: see whether "
+                  f"their FORWARD chain drops detoured packets (iptables-legacy {_ALLOW_IPTABLES})"]
+    else:
+        unread = []
     texts = [text for chain in found for text in judge(chain)]
     certain = [text for text in texts if " may drop " not in text]
-    return certain + [text for text in texts if " may drop " in text][:_MAY_DROP_AT_MOST]
+    return certain + [text for text in texts
+                      if " may drop " in text][:_MAY_DROP_AT_MOST] + unread
 
 
 def judge(chain: Chain) -> Iterator[str]:

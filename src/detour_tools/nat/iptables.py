@@ -73,6 +73,8 @@ class IptablesBackend:
                 return None
         except FileNotFoundError:
             return None
+        except PermissionError:
+            raise UserError(f"may not read {_TABLES}", "run it as root") from None
         if self._table is None:
             self.open()
         self._refresh()

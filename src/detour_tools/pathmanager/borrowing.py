@@ -9,8 +9,8 @@ from detour_tools.netlink.socket import GenericNetlink
 from detour_tools.pathmanager.base import Event
 from detour_tools.pathmanager.events import EventListener
 
-# One for all: whichever runs next puts back what a killed one borrowed.
-_JOURNAL = "detour-client.sysctls"
+# One journal for all: whichever runs next puts back what a killed one borrowed.
+_PROGRAM = "detour-client"
 
 
 def need_mptcp() -> None:
@@ -33,7 +33,8 @@ class BorrowingPathManager:
         self._commands = commands
         self._events = events
         self._wanted = wanted
-        self._sysctls = sysctl.BorrowedSysctls(runtime.make_directory() / _JOURNAL)
+        self._sysctls = sysctl.BorrowedSysctls(
+            runtime.make_directory(_PROGRAM) / f"{_PROGRAM}.sysctls")
 
     def start(self) -> None:
         """Switch this network namespace's new sockets to this path manager."""

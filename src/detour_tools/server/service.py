@@ -100,7 +100,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _rules(self, printer: Printer) -> AsyncIterator[None]:
-        sysctls = BorrowedSysctls(runtime.directory() / f"{PROGRAM}.sysctls")
+        sysctls = BorrowedSysctls(runtime.directory(PROGRAM) / f"{PROGRAM}.sysctls")
         try:
             sysctls.set(_FORWARDING, "1", resets=[
                 f"net/ipv4/conf/{name}/forwarding" for name in os.listdir(_PER_INTERFACE)
