@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Installs an archive of wheels as a release, and removes old ones: install.py ARCHIVE RELEASE.
+
+Runs on the host, as root. Nothing that is in use changes: the release has a folder of its own, and
+bears the mark '.complete' when all is there.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path("/opt/detour-tools")
+
+
+def main(archive: Path, release: str) -> None:
+    """Make the release's folder, then remove all but it and the one in use."""
+    target = ROOT / release
+    shutil.rmtree(target, ignore_errors=True)  # what an interrupted run has left
+    os.umask(0o022)
+    run("/usr/bin/python3", "-m", "venv", "--system-site-packages", "--without-pip", target)
+    python = target / "bin/python"
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(archive) as wheels:
+            wheels.extractall(folder)
+        pip = next(Path(folder).glob("pip-*.whl"))
+        # --ignore-installed: what the distribution has besides may go with its next upgrade.
+        run(python, pip / "pip", "install", "--quiet", "--no-index", "--no-cache-dir",
+            "--ignore-installed", "--disable-pip-version-check", "--root-user-action=ignore",
+            "--find-links", folder, "detour-tools")
+    for program in ("detour-client", "detour-server"):
+        run(target / "bin" / program, "--version")
+    (target / ".complete").touch()
+    in_use = os.path.basename(os.path.realpath(ROOT / "current"))
+    for old in ROOT.iterdir():
+        if old.is_dir() and not old.is_symlink() and old.name not in (release, in_use, "wheels"):
+            shutil.rmtree(old)
+    for old in (ROOT / "wheels").iterdir():
+        if old != archive:
+            old.unlink()
+
+
+def run(*command: object) -> None:
+    """Run a command; when it fails, end with the last line it said."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+        sys.exit(f"{' '.join(map(str, command[:3]))}: {said[-1]}")
+
+
+main(Path(sys.argv[1]), sys.argv[2])
