@@ -49,8 +49,7 @@ def warnings() -> list[str]:
     try:
         found += parse_legacy(_legacy_text())
     except PermissionError:
-        unread = ["legacy iptables rules are in use here, and only root may read them: see whether "
-                  f"their FORWARD chain drops detoured packets (iptables-legacy {_ALLOW_IPTABLES})"]
+        unread = ["only root may look whether legacy iptables rules drop detoured packets here"]
     else:
         unread = []
     texts = [text for chain in found for text in judge(chain)]
