@@ -5,9 +5,10 @@
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis $(if $(XDG_CACHE_HOME),XDG_CACHE_HOME=$(XDG_CACHE_HOME)))
 BIN  := .venv/bin
 VM_TESTS := tests/vm
+SCENARIO :=
 KERNEL_SCRIPTS := kernel/build kernel/check kernel/export kernel/import kernel/selftests
 .DEFAULT_GOAL := help
-.PHONY: help venv demo walkthrough test lint kernel test-vm test-vm-debug bench
+.PHONY: help venv demo walkthrough test lint kernel test-vm test-vm-debug bench molecule
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,3 +47,8 @@ test-vm-debug: ## run the tests of the kernel on one that watches itself; it tak
 bench: ## run the benchmarks, each against its baseline; results land in bench-results/
 	@scripts/setup bench
 	@$(SUDO) $(BIN)/python -m tests.bench --output bench-results
+
+molecule: ## deploy on virtual machines, and verify there; SCENARIO=default or roles, else all
+	@scripts/setup kernel molecule
+	@scripts/image >/dev/null
+	@. $(BIN)/activate && molecule test $(if $(SCENARIO),--scenario-name $(SCENARIO),--all)
