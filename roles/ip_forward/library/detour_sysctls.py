@@ -39,6 +39,10 @@ options:
     type: list
     elements: str
     default: []
+  default:
+    description: What stands before where the kernel does not have them yet.
+    type: str
+    default: ''
   state:
     description: Whether they are to be set, or as they were before.
     type: str
@@ -153,6 +157,7 @@ def main() -> None:
         "note": {"type": "str", "default": ""},
         "values": {"type": "dict", "default": {}},
         "remember": {"type": "list", "elements": "str", "default": []},
+        "default": {"type": "str", "default": ""},
         "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
     }, supports_check_mode=True)
     path = Path(module.params["path"])
@@ -184,6 +189,8 @@ def main() -> None:
     for name, value in values.items():
         current = read(name)
         if current is None:
+            if name not in sets and module.params["default"]:
+                kept[name] = module.params["default"]
             continue
         if name not in sets:
             kept[name] = lent[name][0] if name in lent else current

@@ -1,0 +1,816 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Ansible module: bridges, by whatever manages the host's network, with a way back."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+import uuid
+from abc import ABC, abstractmethod
+from ipaddress import IPv4Interface, ip_address, ip_interface
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = """
+module: detour_bridges
+short_description: Bridges by systemd-networkd, ifupdown or NetworkManager
+description:
+  - Writes what the host's network manager needs to make bridges, and has it make them.
+  - A timer is started before the change; unless I(confirm) stops it in time, it puts back the files that stood before
+    and applies them.
+options:
+  bridges:
+    description: The bridges, as the role's argument specification tells.
+    type: list
+    elements: dict
+    default: []
+  manager:
+    description: Who makes them.
+    type: str
+    choices: [auto, networkd, ifupdown, networkmanager]
+    default: auto
+  rollback:
+    description: Seconds until all is put back.
+    type: int
+    default: 120
+  unfiltered:
+    description: Whether the role is about to switch filtering of bridged frames off.
+    type: bool
+    default: false
+  qemu_acl:
+    description: Whether QEMU's qemu-bridge-helper may use the bridges.
+    type: bool
+    default: false
+  qemu_helper_setuid:
+    description: Whether qemu-bridge-helper is made setuid root.
+    type: bool
+    default: false
+  confirm:
+    description: See that the change is done, and stop the timer.
+    type: bool
+    default: false
+author: [detour-tools]
+"""
+
+EXAMPLES = """
+- name: Bridge
+  detour_bridges:
+    bridges:
+      - {name: br0, ports: [eth0], mac_from: eth0}
+"""
+
+RETURN = """
+applied:
+  description: Whether the network was changed, so that the change is to be confirmed.
+  type: bool
+  returned: success
+manager:
+  description: Who manages the network.
+  type: str
+  returned: always
+"""
+
+WORK = Path("/var/lib/detour-tools/bridge")
+ROLLBACK = "detour-bridge-rollback"
+APPLY = "detour-bridge-apply"
+SYS = Path("/sys/class/net")
+MARK = "#detour-bridge# "
+
+Files = dict[str, tuple[str, int]]
+
+
+class BridgeError(Exception):
+    """What is wrong, in one line."""
+
+
+def run(*command: str, check: bool = True) -> str:
+    """Run a command and return what it prints; '' when it fails and ``check`` is off."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False,
+                              env={**os.environ, "LC_ALL": "C"})
+    except FileNotFoundError:
+        if check:
+            raise BridgeError(f"there is no '{command[0]}' on this host") from None
+        return ""
+    if done.returncode and check:
+        raise BridgeError(f"'{shlex.join(command)}' failed: {done.stderr.strip()}")
+    return "" if done.returncode else done.stdout
+
+
+def text_of(path: str | Path) -> str | None:
+    """A file's text, None when there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+class Bridge:
+    """One that is wanted, checked; raises BridgeError."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.name: str = given["name"]
+        self.ports: list[str] = given.get("ports") or []
+        self.mac_from: str = given.get("mac_from") or ""
+        wanted = given.get("address") or []
+        self.address: list[str] = [wanted] if isinstance(wanted, str) else wanted
+        self.gateway: str = given.get("gateway") or ""
+        self.dns: list[str] = given.get("dns") or []
+        self.dhcp: dict[str, Any] = given.get("dhcp") or {}
+        self.by_dhcp = self.address == ["dhcp"]
+        # What the port was configured with becomes the bridge's.
+        self.takes_over = bool(self.mac_from) and not self.address
+        self._check()
+        self.mac = ""
+        if self.mac_from:
+            self.mac = (text_of(SYS / self.mac_from / "address") or "").strip()
+
+    def _check(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}", self.name):
+            raise BridgeError(f"'{self.name}' is no name for a bridge: 15 letters and digits at most")
+        if (SYS / self.name).exists() and not (SYS / self.name / "bridge").exists():
+            raise BridgeError(f"{self.name} is there already, and no bridge")
+        for port in self.ports:
+            if not (SYS / port).exists():
+                raise BridgeError(f"bridge {self.name}: there is no interface '{port}'; there are: "
+                                  f"{' '.join(sorted(os.listdir(SYS)))}")
+            master = (SYS / port / "master").resolve().name
+            if master not in ("master", self.name):
+                raise BridgeError(f"bridge {self.name}: {port} belongs to {master}")
+            if master != self.name and port != self.mac_from and _has_address(port):
+                raise BridgeError(f"bridge {self.name}: {port} has addresses, which a port of a bridge cannot "
+                                  f"use: have the bridge take them over with mac_from: {port}")
+        if self.mac_from and self.mac_from not in self.ports:
+            raise BridgeError(f"bridge {self.name}: mac_from '{self.mac_from}' is none of its ports")
+        self._check_addresses()
+
+    def _check_addresses(self) -> None:
+        try:
+            networks = [] if self.by_dhcp else [ip_interface(each) for each in self.address]
+            for each in [self.gateway, *self.dns]:
+                if each:
+                    ip_address(each)
+        except ValueError as error:
+            raise BridgeError(f"bridge {self.name}: {error}") from None
+        if any("/" not in each for each in self.address) and not self.by_dhcp:
+            raise BridgeError(f"bridge {self.name}: an address needs its prefix, as in 192.0.2.1/24")
+        if self.gateway and not any(ip_address(self.gateway) in each.network for each in networks):
+            raise BridgeError(f"bridge {self.name}: its gateway {self.gateway} is in none of its networks")
+        if not self.dhcp:
+            return
+        if self.ports:
+            raise BridgeError(f"bridge {self.name}: a DHCP server is for a bridge without ports; on this one it "
+                              "would answer hosts of the network behind them")
+        self.network = next((each for each in networks if isinstance(each, IPv4Interface)), None)
+        if self.network is None:
+            raise BridgeError(f"bridge {self.name}: a DHCP server needs an IPv4 address on the bridge")
+        try:
+            self.first, self.last = (ip_address(self.dhcp[end]) for end in ("first", "last"))
+        except (KeyError, ValueError) as error:
+            raise BridgeError(f"bridge {self.name}: dhcp needs first and last, addresses: {error}") from None
+        inside = self.first in self.network.network and self.last in self.network.network
+        if not inside or int(self.first) > int(self.last) or (
+                int(self.first) <= int(self.network.ip) <= int(self.last)):
+            raise BridgeError(f"bridge {self.name}: dhcp goes from {self.first} to {self.last}, which must lie in "
+                              f"{self.network.network} beside the bridge's own address")
+
+    def done(self) -> str:
+        """What is still missing of it on the host; '' when it is there."""
+        if not (SYS / self.name / "bridge").exists():
+            return f"there is no bridge {self.name}"
+        for port in self.ports:
+            if (SYS / port / "master").resolve().name != self.name:
+                return f"{port} is no port of {self.name}"
+        if self.mac and (text_of(SYS / self.name / "address") or "").strip() != self.mac:
+            return f"{self.name} has not the MAC address of {self.mac_from}"
+        shown = run("ip", "-o", "addr", "show", "dev", self.name, "scope", "global")
+        for each in self.address:
+            if f" {each} " not in shown and not (self.by_dhcp and " inet " in shown):
+                return f"{self.name} has no address {'by DHCP' if self.by_dhcp else each}"
+        return "" if " inet" in shown or not self.takes_over else f"{self.name} has no address"
+
+
+def _has_address(port: str) -> bool:
+    return bool(run("ip", "-o", "addr", "show", "dev", port, "scope", "global", check=False).strip())
+
+
+class Manager(ABC):
+    """What manages the network: its files, and the commands that make it read them."""
+
+    name = ""
+    patterns: tuple[str, ...] = ()
+
+    def ours(self) -> Files:
+        """The files of ours that are there."""
+        return {str(path): (path.read_text(encoding="utf-8"), path.stat().st_mode & 0o777)
+                for pattern in self.patterns for path in sorted(Path("/").glob(pattern[1:]))}
+
+    @abstractmethod
+    def files(self, bridges: list[Bridge]) -> Files:
+        """The files that are to be there; raises BridgeError."""
+
+    def states(self, bridges: list[Bridge]) -> tuple[Files, Files]:
+        """The files that are there, and those that are to be; raises BridgeError."""
+        return self.ours(), self.files(bridges)
+
+    @abstractmethod
+    def down(self, bridges: set[str], ports: set[str]) -> list[str]:
+        """Shell commands while the old files are there still."""
+
+    @abstractmethod
+    def up(self, bridges: set[str], ports: set[str], gone: set[str]) -> list[str]:
+        """Shell commands once the new files are there; ``gone`` are bridges that are no more."""
+
+
+class Networkd(Manager):
+    """systemd-networkd: files that come before the host's own, which stay as they are."""
+
+    name = "networkd"
+    patterns = ("/etc/systemd/network/05-detour-*",)
+    _from = "# taken over from "
+
+    def files(self, bridges: list[Bridge]) -> Files:
+        """The files that are to be there; raises BridgeError."""
+        found: Files = {}
+        for bridge in bridges:
+            base = f"/etc/systemd/network/05-detour-{bridge.name}"
+            head = "# Made by detour-tools (role bridge).\n"
+            mac = f"MACAddress={bridge.mac}\n" if bridge.mac else ""
+            found[f"{base}.netdev"] = (f"{head}[NetDev]\nName={bridge.name}\nKind=bridge\n{mac}\n"
+                                       "[Bridge]\nSTP=no\n", 0o644)
+            if bridge.mac:
+                # Else a file for the port, matching its MAC address, would be for the bridge, too.
+                found[f"{base}.link"] = (f"{head}[Match]\nOriginalName={bridge.name}\n\n"
+                                         "[Link]\nNamePolicy=keep\nMACAddressPolicy=none\n", 0o644)
+            for port in bridge.ports:
+                found[f"{base}-port-{port}.network"] = (
+                    f"{head}[Match]\nName={port}\n\n[Network]\nBridge={bridge.name}\n", 0o644)
+            body = self._taken_over(bridge, f"{base}.network") if bridge.takes_over else (
+                self._addressing(bridge))
+            found[f"{base}.network"] = (f"{head}[Match]\nName={bridge.name}\n\n{body}", 0o644)
+        return found
+
+    def _taken_over(self, bridge: Bridge, path: str) -> str:
+        before = text_of(path) or ""
+        source = next((line.removeprefix(self._from) for line in before.splitlines()
+                       if line.startswith(self._from)), "")
+        iaid = re.search(r"^IAID=(.*)$", before, re.MULTILINE)
+        number = iaid[1] if iaid else ""
+        if not source:
+            shown = run("networkctl", "status", "--no-pager", "--lines=0", bridge.mac_from)
+            match = re.search(r"Network File: (\S+)", shown)
+            if not match or match[1] in ("n/a", "-"):
+                raise BridgeError(f"bridge {bridge.name}: systemd-networkd has no configuration of "
+                                  f"{bridge.mac_from} to take over: give an address")
+            source = match[1]
+            # By it a DHCP server knows who asks; networkd makes it from the interface.
+            match = re.search(r"DHCP4 Client ID: IAID:(0x[0-9a-f]+)/", shown)
+            number = str(int(match[1], 16)) if match else ""
+        texts = [text_of(source), *(text_of(part) for part in sorted(Path(f"{source}.d").glob("*.conf")))]
+        if texts[0] is None:
+            if before:  # it is gone; what was taken from it stays
+                return before.partition("\n\n")[2]
+            raise BridgeError(f"bridge {bridge.name}: cannot read {source}")
+        sections = re.split(r"^(?=\[)", "\n".join(text or "" for text in texts), flags=re.MULTILINE)
+        kept = [re.sub(r"^\s*[#;].*\n", "", section, flags=re.MULTILINE).strip() for section in sections
+                if re.match(r"\[(?!Match\]|Link\])", section)]
+        if number and "IAID=" not in "".join(kept):
+            kept.append(f"[DHCPv4]\nIAID={number}")
+        return f"{self._from}{source}\n" + "\n\n".join(kept) + "\n"
+
+    @staticmethod
+    def _addressing(bridge: Bridge) -> str:
+        lines = ["[Link]", "RequiredForOnline=no", ""] if not bridge.ports else []
+        lines.append("[Network]")
+        if bridge.by_dhcp:
+            lines.append("DHCP=yes")
+        elif bridge.address:
+            lines += [f"Address={each}" for each in bridge.address]
+        else:
+            lines += ["LinkLocalAddressing=no", "IPv6AcceptRA=no"]
+        lines += [f"Gateway={bridge.gateway}"] if bridge.gateway else []
+        lines += [f"DNS={each}" for each in bridge.dns]
+        if not bridge.ports:
+            lines.append("ConfigureWithoutCarrier=yes")
+        if bridge.dhcp and bridge.network is not None:
+            dns = bridge.dhcp.get("dns") or []
+            offset = int(bridge.first) - int(bridge.network.network.network_address)
+            lines += ["DHCPServer=yes", "", "[DHCPServer]", f"PoolOffset={offset}",
+                      f"PoolSize={int(bridge.last) - int(bridge.first) + 1}",
+                      f"DefaultLeaseTimeSec={bridge.dhcp.get('lease') or 3600}",
+                      f"EmitRouter={'yes' if bridge.dhcp.get('router', True) else 'no'}",
+                      *([f"DNS={' '.join(dns)}"] if dns else ["EmitDNS=no"])]
+        elif bridge.by_dhcp:
+            # By its MAC address, which is that of the port: the server may know that one.
+            lines += ["", "[DHCPv4]", "ClientIdentifier=mac"]
+        return "\n".join(lines) + "\n"
+
+    def down(self, bridges: set[str], ports: set[str]) -> list[str]:
+        """Nothing: networkd works on what it has read."""
+        return []
+
+    def up(self, bridges: set[str], ports: set[str], gone: set[str]) -> list[str]:
+        """Make those that changed anew: networkd reads a .netdev only once."""
+        names = sorted(bridges | ports)
+        return [f"ip link delete {name} type bridge 2>/dev/null || true"
+                for name in sorted(bridges | gone)] + ["networkctl reload"] + (
+            # Those that are not there yet are configured as soon as they are.
+            [f"networkctl reconfigure {name} 2>/dev/null || true" for name in names])
+
+
+class DhcpByDnsmasq:
+    """A DHCP server for managers that have none of their own."""
+
+    @staticmethod
+    def files(bridges: list[Bridge]) -> Files:
+        """Its configuration and unit."""
+        found: Files = {}
+        for bridge in bridges:
+            if not bridge.dhcp:
+                continue
+            if not shutil.which("dnsmasq", path="/usr/sbin:/sbin:/usr/bin"):
+                raise BridgeError(f"bridge {bridge.name}: its DHCP server needs dnsmasq: apt install dnsmasq-base")
+            router = "" if bridge.dhcp.get("router", True) else "dhcp-option=option:router\n"
+            dns = ",".join(bridge.dhcp.get("dns") or [])
+            found[f"/etc/detour-tools/bridge-{bridge.name}.dnsmasq"] = (
+                "# Made by detour-tools (role bridge).\n"
+                f"interface={bridge.name}\nbind-dynamic\nport=0\nexcept-interface=lo\n"
+                f"dhcp-range={bridge.first},{bridge.last},{bridge.dhcp.get('lease') or 3600}\n"
+                f"{router}dhcp-option=option:dns-server{',' + dns if dns else ''}\n"
+                f"dhcp-leasefile=/run/detour-bridge-{bridge.name}.leases\n", 0o644)
+            found[f"/etc/systemd/system/detour-bridge-dhcp-{bridge.name}.service"] = (
+                "# Made by detour-tools (role bridge).\n"
+                f"[Unit]\nDescription=DHCP server of the bridge {bridge.name}\nAfter=network.target\n\n"
+                "[Service]\n"
+                f"ExecStart=/usr/sbin/dnsmasq -k -C /etc/detour-tools/bridge-{bridge.name}.dnsmasq "
+                f"--pid-file\nRestart=on-failure\nRestartSec=2\n\n"
+                "[Install]\nWantedBy=multi-user.target\n", 0o644)
+        return found
+
+    patterns = ("/etc/detour-tools/bridge-*.dnsmasq", "/etc/systemd/system/detour-bridge-dhcp-*.service")
+
+    @staticmethod
+    def down(bridges: set[str]) -> list[str]:
+        """Stop those that change or go."""
+        return [f"systemctl disable -q --now detour-bridge-dhcp-{name} 2>/dev/null || true"
+                for name in sorted(bridges)]
+
+    @staticmethod
+    def up(bridges: set[str]) -> list[str]:
+        """Start those that there are."""
+        return ["systemctl daemon-reload"] + [
+            f"if [ -e /etc/systemd/system/detour-bridge-dhcp-{name}.service ]; then "
+            f"systemctl enable -q --now detour-bridge-dhcp-{name}; fi" for name in sorted(bridges)]
+
+
+class Ifupdown(Manager):
+    """/etc/network/interfaces: stanzas of ports are commented out, and become the bridge's."""
+
+    name = "ifupdown"
+    own = "/etc/network/interfaces.d/detour-bridges"
+    patterns = (own, *DhcpByDnsmasq.patterns)
+
+    def ours(self) -> Files:
+        """The files of ours, and those in which stanzas are commented out."""
+        return super().ours() | {
+            str(path): (text, path.stat().st_mode & 0o777)
+            for path in self._hosts() if MARK in (text := path.read_text(encoding="utf-8"))}
+
+    def states(self, bridges: list[Bridge]) -> tuple[Files, Files]:
+        """The files that are there, and those that are to be; raises BridgeError."""
+        old, new = super().states(bridges)
+        # The host's own files among them: what they will be without us, and what they are now.
+        for path in old.keys() - new.keys():
+            text, mode = old[path]
+            if MARK in text:
+                new[path] = (text.replace(MARK, ""), mode)
+        old |= {path: (text, mode) for path, (_, mode) in new.items()
+                if path not in old and (text := text_of(path) or "")}
+        return old, new
+
+    @classmethod
+    def _hosts(cls) -> list[Path]:
+        return [path for path in (Path("/etc/network/interfaces"),
+                                  *sorted(Path("/etc/network/interfaces.d").glob("*")))
+                if path.is_file() and str(path) != cls.own]
+
+    def files(self, bridges: list[Bridge]) -> Files:
+        """The files that are to be there; raises BridgeError."""
+        found: Files = {}
+        stanzas: dict[str, list[str]] = {}
+        ports = {port for bridge in bridges for port in bridge.ports}
+        sourced = False
+        for path in self._hosts():
+            now = path.read_text(encoding="utf-8")
+            plain = now.replace(MARK, "")
+            sourced = sourced or bool(re.search(
+                r"^\s*source(-directory)?\s+(/etc/network/)?interfaces\.d", plain, re.MULTILINE))
+            text, taken = comment_out(plain, ports)
+            for port, lines in taken.items():
+                stanzas.setdefault(port, []).extend(lines)
+            if text != plain:
+                found[str(path)] = (text, path.stat().st_mode & 0o777)
+        if bridges and not sourced:
+            raise BridgeError("/etc/network/interfaces does not read interfaces.d: add the line "
+                              "'source /etc/network/interfaces.d/*' to it")
+        if bridges:
+            found[self.own] = ("# Made by detour-tools (role bridge).\n"
+                               + "".join(self._stanza(bridge, stanzas) for bridge in bridges), 0o644)
+        return found | DhcpByDnsmasq.files(bridges)
+
+    @staticmethod
+    def _stanza(bridge: Bridge, stanzas: dict[str, list[str]]) -> str:
+        mac = f"address {bridge.mac} " if bridge.mac else ""
+        make = ([f"    pre-up ip link show {bridge.name} >/dev/null 2>&1 || ip link add {bridge.name} "
+                 f"{mac}type bridge"]
+                + [f"    pre-up ip link set {port} master {bridge.name} up" for port in bridge.ports]
+                + [f"    post-down ip link delete {bridge.name} type bridge 2>/dev/null || true"])
+        lines = ["", f"auto {bridge.name}"]
+        if bridge.takes_over:
+            taken = stanzas.get(bridge.mac_from, [])
+            if not taken:
+                raise BridgeError(f"bridge {bridge.name}: /etc/network/interfaces has no stanza of "
+                                  f"{bridge.mac_from} to take over: give an address")
+            for line in taken:
+                words = line.split()
+                if words[:2] == ["iface", bridge.mac_from]:
+                    lines.append(" ".join(["iface", bridge.name, *words[2:]]))
+                    lines += make
+                    make = []
+                else:
+                    lines.append(line)
+        elif bridge.by_dhcp:
+            lines += [f"iface {bridge.name} inet dhcp", *make]
+        elif bridge.address:
+            for each in bridge.address:
+                version = ip_interface(each).version
+                lines += [f"iface {bridge.name} {'inet' if version == 4 else 'inet6'} static", *make,
+                          f"    address {each}"]
+                if bridge.gateway and ip_address(bridge.gateway) in ip_interface(each).network:
+                    lines.append(f"    gateway {bridge.gateway}")
+                if make and bridge.dns:
+                    lines.append(f"    dns-nameservers {' '.join(bridge.dns)}")
+                make = []
+        else:
+            lines += [f"iface {bridge.name} inet manual", *make,
+                      f"    up ip link set {bridge.name} up"]
+        return "\n".join(lines) + "\n"
+
+    def down(self, bridges: set[str], ports: set[str]) -> list[str]:
+        """Take the old ones down by their old stanzas."""
+        return DhcpByDnsmasq.down(bridges) + [
+            f"ifdown --force {name} || true" for name in (*sorted(bridges), *sorted(ports))]
+
+    def up(self, bridges: set[str], ports: set[str], gone: set[str]) -> list[str]:
+        """Bring up what the new stanzas say."""
+        return [f"ip link delete {name} type bridge 2>/dev/null || true" for name in sorted(gone)] + [
+            f"if ifquery {name} >/dev/null 2>&1; then ifup {name} || true; fi"
+            for name in (*sorted(bridges), *sorted(ports))] + DhcpByDnsmasq.up(bridges)
+
+
+def comment_out(text: str, ports: set[str]) -> tuple[str, dict[str, list[str]]]:
+    """Comment out the stanzas of ports in the text of an interfaces file; also returns these."""
+    lines, taken, port = [], {}, ""
+    for line in text.splitlines():
+        words = line.split()
+        if words and words[0] in ("iface", "mapping", "source", "source-directory", "no-scripts",
+                                  "rename") or (words and words[0].startswith(("auto", "allow-"))):
+            port = words[1] if words[0] == "iface" and words[1:] and words[1] in ports else ""
+            if words[0].startswith(("auto", "allow-")):
+                named = {each for each in words[1:]
+                         if any(fnmatch.fnmatchcase(name, each) for name in ports)}
+                if named and named != set(words[1:]):
+                    raise BridgeError(f"/etc/network/interfaces: give each interface of '{line.strip()}' "
+                                      "a line of its own")
+                lines.append(f"{MARK}{line}" if named else line)
+                continue
+        if port:
+            if words and not words[0].startswith("#"):
+                taken.setdefault(port, []).append(line)
+            lines.append(f"{MARK}{line}" if words else line)
+        else:
+            lines.append(line)
+    return "".join(f"{line}\n" for line in lines), taken
+
+
+class NetworkManager(Manager):
+    """NetworkManager: profiles that are preferred to the host's own."""
+
+    name = "networkmanager"
+    patterns = ("/etc/NetworkManager/system-connections/detour-*.nmconnection", *DhcpByDnsmasq.patterns)
+    _from = "# taken over from "
+
+    def files(self, bridges: list[Bridge]) -> Files:
+        """The files that are to be there; raises BridgeError."""
+        found: Files = {}
+        for bridge in bridges:
+            name = f"detour-{bridge.name}"
+            path = f"/etc/NetworkManager/system-connections/{name}.nmconnection"
+            body = self._taken_over(bridge, path) if bridge.takes_over else self._addressing(bridge)
+            mac = f"mac-address={bridge.mac}\n" if bridge.mac else ""
+            found[path] = (_profile(name, "bridge", bridge.name)
+                           + f"\n[bridge]\n{mac}stp=false\n\n{body}", 0o600)
+            for port in bridge.ports:
+                found[f"/etc/NetworkManager/system-connections/{name}-port-{port}.nmconnection"] = (
+                    _profile(f"{name}-port-{port}", "ethernet", port)
+                    + f"master={bridge.name}\nslave-type=bridge\n", 0o600)
+        return found | DhcpByDnsmasq.files(bridges)
+
+    def _taken_over(self, bridge: Bridge, path: str) -> str:
+        before = text_of(path) or ""
+        source = next((line.removeprefix(self._from) for line in before.splitlines()
+                       if line.startswith(self._from)), "")
+        if not source:
+            active = run("nmcli", "-g", "GENERAL.CON-UUID", "device", "show", bridge.mac_from).strip()
+            for line in run("nmcli", "-t", "-f", "UUID,FILENAME", "connection", "show").splitlines():
+                number, _, name = line.partition(":")
+                if number == active:
+                    source = name.replace("\\:", ":")
+        text = text_of(source) if source else None
+        if text is None:
+            if before:
+                return before[before.index(self._from):]
+            raise BridgeError(f"bridge {bridge.name}: NetworkManager has no profile of {bridge.mac_from} to take "
+                              "over: give an address")
+        sections = re.split(r"^(?=\[)", text, flags=re.MULTILINE)
+        kept = [section.strip() for section in sections if re.match(r"\[(ipv[46]|proxy)\]", section)]
+        return f"{self._from}{source}\n" + "\n\n".join(kept) + "\n"
+
+    @staticmethod
+    def _addressing(bridge: Bridge) -> str:
+        lines = []
+        for version in (4, 6):
+            mine = [each for each in bridge.address
+                    if not bridge.by_dhcp and ip_interface(each).version == version]
+            lines += [f"[ipv{version}]",
+                      "method=auto" if bridge.by_dhcp else "method=manual" if mine else "method=disabled"]
+            for number, each in enumerate(mine, 1):
+                gateway = (f",{bridge.gateway}" if bridge.gateway
+                           and ip_address(bridge.gateway) in ip_interface(each).network else "")
+                lines.append(f"address{number}={each}{gateway}")
+            dns = [each for each in bridge.dns if ip_address(each).version == version]
+            if dns and (mine or bridge.by_dhcp):
+                lines.append(f"dns={';'.join(dns)};")
+            lines.append("")
+        return "\n".join(lines)
+
+    def down(self, bridges: set[str], ports: set[str]) -> list[str]:
+        """Stop the DHCP servers of those that change or go."""
+        return DhcpByDnsmasq.down(bridges)
+
+    def up(self, bridges: set[str], ports: set[str], gone: set[str]) -> list[str]:
+        """Have it read the profiles, and take them."""
+        folder = "/etc/NetworkManager/system-connections"
+        lines = [f"ip link delete {name} type bridge 2>/dev/null || true" for name in sorted(gone)]
+        lines.append("nmcli connection reload")
+        for name in sorted(bridges - gone):
+            lines.append(f"nmcli --wait 5 connection up detour-{name} || true")
+            lines.append(f"for file in {folder}/detour-{name}-port-*.nmconnection; do [ ! -e \"$file\" ] || "
+                         "nmcli connection up \"$(basename \"$file\" .nmconnection)\"; done")
+            lines.append(f"nmcli --wait 30 connection up detour-{name} || true")
+        lines += [f"[ -e /sys/class/net/{port}/master ] || nmcli device connect {port} || true"
+                  for port in sorted(ports)]
+        return lines + DhcpByDnsmasq.up(bridges)
+
+
+def _profile(name: str, kind: str, interface: str) -> str:
+    return ("# Made by detour-tools (role bridge).\n"
+            f"[connection]\nid={name}\nuuid={uuid.uuid5(uuid.NAMESPACE_DNS, name)}\ntype={kind}\n"
+            f"interface-name={interface}\nautoconnect-priority=100\n")
+
+
+def active(unit: str) -> bool:
+    """Whether a unit runs."""
+    return run("systemctl", "is-active", unit, check=False).strip() == "active"
+
+
+def managers() -> tuple[Manager, ...]:
+    """All that there are, the likeliest first."""
+    return Networkd(), NetworkManager(), Ifupdown()
+
+
+def find_manager(wanted: str, bridges: list[Bridge]) -> Manager:
+    """Who manages the ports, or else the host; raises BridgeError."""
+    known = {each.name: each for each in managers()}
+    if wanted != "auto":
+        return known[wanted]
+    for each in known.values():
+        if each.ours():
+            return each
+    ifstate = text_of("/run/network/ifstate") or ""
+    devices = run("nmcli", "-t", "-f", "DEVICE,STATE", "device", check=False)
+    links = run("networkctl", "list", "--no-legend", "--no-pager", check=False)
+    for bridge in bridges:
+        for port in bridge.ports:
+            if re.search(rf"^{re.escape(port)}=", ifstate, re.MULTILINE):
+                return known["ifupdown"]
+            state = re.search(rf"^{re.escape(port)}:(.*)", devices, re.MULTILINE)
+            if state and not state[1].startswith("unmanaged"):
+                return known["networkmanager"]
+            if re.search(rf"^\s*\d+ {re.escape(port)}\s.*configur", links, re.MULTILINE):
+                return known["networkd"]
+    for name, unit in (("networkd", "systemd-networkd"), ("networkmanager", "NetworkManager"),
+                       ("ifupdown", "networking")):
+        if active(f"{unit}.service"):
+            return known[name]
+    raise BridgeError("neither systemd-networkd nor NetworkManager nor ifupdown runs on this host: start one of them, "
+                      "or set bridge_manager")
+
+
+QEMU_ACL = Path("/etc/qemu/bridge.conf")
+QEMU_HELPER = "/usr/lib/qemu/qemu-bridge-helper"
+_ACL_BEGIN, _ACL_END = "# BEGIN detour-tools (role bridge)", "# END detour-tools (role bridge)"
+_ACL_SETUID = "# qemu-bridge-helper was made setuid with it"
+
+
+class QemuAcl:
+    """Our lines in QEMU's list of bridges, and the helper's setuid bit."""
+
+    def __init__(self, bridges: list[Bridge], allowed: bool, setuid: bool) -> None:
+        setuid = setuid and bool(bridges)
+        if setuid and not allowed:
+            raise BridgeError("bridge_qemu_helper_setuid needs bridge_qemu_acl, or the helper may use no bridge")
+        self.before = text_of(QEMU_ACL) or ""
+        theirs = re.sub(rf"^{re.escape(_ACL_BEGIN)}\n.*?^{re.escape(_ACL_END)}\n", "", self.before,
+                        flags=re.MULTILINE | re.DOTALL)
+        lines = [_ACL_BEGIN, *([_ACL_SETUID] if setuid else []),
+                 *(f"allow {bridge.name}" for bridge in bridges), _ACL_END]
+        gap = "" if not theirs or theirs.endswith("\n") else "\n"
+        self.after = theirs + gap + "\n".join([*lines, ""]) if allowed and bridges else theirs
+        self._add = setuid and _ACL_SETUID not in self.before
+        self._remove = not setuid and _ACL_SETUID in self.before
+        if self._add and not Path(QEMU_HELPER).exists():
+            raise BridgeError(f"there is no {QEMU_HELPER} to make setuid: apt install qemu-system-common")
+        if self._add and run("dpkg-statoverride", "--list", QEMU_HELPER, check=False):
+            self._add = False  # somebody else has decided on its mode
+            self.after = self.after.replace(f"{_ACL_SETUID}\n", "")
+
+    def write(self) -> None:
+        """Make it so."""
+        if self._add:
+            run("dpkg-statoverride", "--update", "--add", "root", "root", "4755", QEMU_HELPER)
+        if self._remove:
+            run("dpkg-statoverride", "--remove", QEMU_HELPER, check=False)
+            Path(QEMU_HELPER).chmod(0o755)
+        if self.after:
+            QEMU_ACL.parent.mkdir(exist_ok=True)
+            QEMU_ACL.write_text(self.after, encoding="utf-8")
+        elif self.before:
+            QEMU_ACL.unlink()
+            if not any(QEMU_ACL.parent.iterdir()):
+                QEMU_ACL.parent.rmdir()
+
+
+def script(commands: list[str], remove: list[str], source: Path, files: Files, after: list[str],
+           marker: Path) -> str:
+    """A shell script that goes from one set of files to another."""
+    lines = ["#!/bin/sh", *commands, *(f"rm -f {shlex.quote(path)}" for path in remove)]
+    for number, (path, (_, mode)) in enumerate(files.items()):
+        lines.append(f"install -D -m {mode:o} {source}/{number} {shlex.quote(path)}")
+    return "\n".join([*lines, *after, f"touch {marker}", ""])
+
+
+def change(manager: Manager, old: Files, new: Files, bridges: list[Bridge], rollback: int) -> None:
+    """Start the timer, then the change, and wait for it. All by files, so that it outlives us."""
+    shutil.rmtree(WORK, ignore_errors=True)
+    for folder, files in (("old", old), ("new", new)):
+        (WORK / folder).mkdir(parents=True, mode=0o700)
+        for number, (text, _) in enumerate(files.values()):
+            (WORK / folder / str(number)).write_text(text, encoding="utf-8")
+    # Those whose files differ, and those that are not as they should be.
+    before, after = names_of(old), names_of(new)
+    touched = {name for name in before.keys() | after.keys()
+               if {path: old[path] for path in old if path in before.get(name, ())}
+               != {path: new[path] for path in new if path in after.get(name, ())}}
+    touched |= {bridge.name for bridge in bridges if bridge.done()}
+    if isinstance(manager, Ifupdown):  # all in one file
+        touched |= before.keys() | after.keys()
+    ports = {port for bridge in bridges if bridge.name in touched for port in bridge.ports}
+    ports |= {port.name for name in touched for port in (SYS / name / "brif").glob("*")
+              if not re.match(r"(tap|vnet|veth[0-9a-f]|macvtap)", port.name)}
+    gone = before.keys() - after.keys()
+    (WORK / "apply").write_text(script(
+        manager.down(touched, ports), [path for path in old if path not in new], WORK / "new", new,
+        manager.up(touched, ports, gone), WORK / "applied"), encoding="utf-8")
+    (WORK / "rollback").write_text(script(
+        [f"systemctl stop {APPLY}.service 2>/dev/null", *manager.down(touched, ports)],
+        [path for path in new if path not in old], WORK / "old", old,
+        manager.up(touched, ports, after.keys() - before.keys()), WORK / "rolled-back"), encoding="utf-8")
+    for unit in (f"{ROLLBACK}.timer", f"{ROLLBACK}.service", f"{APPLY}.service"):
+        run("systemctl", "stop", unit, check=False)
+        run("systemctl", "reset-failed", unit, check=False)
+    run("systemd-run", "-q", f"--unit={ROLLBACK}", f"--on-active={rollback}",
+        "--timer-property=AccuracySec=1s", "/bin/sh", str(WORK / "rollback"))
+    run("systemd-run", "-q", f"--unit={APPLY}", "--collect", "/bin/sh", str(WORK / "apply"))
+    wait_for(WORK / "applied", 60)
+
+
+def names_of(files: Files) -> dict[str, set[str]]:
+    """The bridges that files are for, by their names."""
+    found: dict[str, set[str]] = {}
+    for path, (text, _) in files.items():
+        match = re.search(r"/(?:05-detour-|detour-|bridge-)([A-Za-z0-9_.-]+?)(?:-port-.*)?"
+                          r"\.(?:netdev|link|network|nmconnection|dnsmasq)$", path)
+        for name in [match[1]] if match else re.findall(r"^auto (\S+)$", text, re.MULTILINE) if (
+                path == Ifupdown.own) else []:
+            found.setdefault(name, set()).add(path)
+    return found
+
+
+def wait_for(path: Path, seconds: float) -> bool:
+    """Wait for a file."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def confirm(bridges: list[Bridge], seconds: float) -> None:
+    """See that the change is done, and stop the timer; raises BridgeError."""
+    if not (WORK / "apply").exists():
+        return
+    if (WORK / "rolled-back").exists() or active(f"{ROLLBACK}.service"):
+        wait_for(WORK / "rolled-back", 30)
+        clean()
+        raise BridgeError("this host could not be reached with its new bridges in time, and has put back what it had: "
+                          "look at the addresses and ports in bridge_bridges")
+    end = time.monotonic() + seconds
+    missing = "the change is still going on"
+    # Only what we came to after the change shows that the way is there.
+    if (WORK / "applied").exists():
+        while missing := next((each for bridge in bridges if (each := bridge.done())), ""):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.5)
+    if missing:
+        raise BridgeError(f"{missing}; what stood before is put back when bridge_rollback_seconds are over")
+    run("systemctl", "stop", f"{ROLLBACK}.timer", check=False)
+    clean()
+
+
+def clean() -> None:
+    """Forget the files that stood before."""
+    shutil.rmtree(WORK, ignore_errors=True)
+    with contextlib.suppress(OSError):  # others may keep something there
+        WORK.parent.rmdir()
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule({
+        "bridges": {"type": "list", "elements": "dict", "default": []},
+        "manager": {"type": "str", "default": "auto",
+                    "choices": ["auto", "networkd", "ifupdown", "networkmanager"]},
+        "rollback": {"type": "int", "default": 120},
+        "unfiltered": {"type": "bool", "default": False},
+        "qemu_acl": {"type": "bool", "default": False},
+        "qemu_helper_setuid": {"type": "bool", "default": False},
+        "confirm": {"type": "bool", "default": False},
+    }, supports_check_mode=True)
+    try:
+        bridges = [Bridge(each) for each in module.params["bridges"]]
+        if module.params["confirm"]:
+            confirm(bridges, 30)
+            module.exit_json(changed=False, manager="")
+        names = [port for bridge in bridges for port in bridge.ports]
+        if len(set(names)) != len(names) or len({bridge.name for bridge in bridges}) != len(bridges):
+            raise BridgeError("bridge_bridges names a bridge or a port twice")
+        if bridges and module.params["unfiltered"] and (SYS / "docker0").exists():
+            raise BridgeError("Docker filters bridged frames on this host: set bridge_unfiltered to false")
+        acl = QemuAcl(bridges, module.params["qemu_acl"], module.params["qemu_helper_setuid"])
+        old: Files = {}
+        new: Files = {}
+        applied = False
+        name = ""
+        if bridges or any(each.ours() for each in managers()):
+            manager = find_manager(module.params["manager"], bridges)
+            name = manager.name
+            old, new = manager.states(bridges)
+            applied = old != new or any(bridge.done() for bridge in bridges)
+            if applied and not module.check_mode:
+                change(manager, old, new, bridges, module.params["rollback"])
+        if acl.before != acl.after:
+            if not module.check_mode:
+                acl.write()
+            old[str(QEMU_ACL)], new[str(QEMU_ACL)] = (acl.before, 0), (acl.after, 0)
+        module.exit_json(changed=old != new or applied, applied=applied, manager=name, diff=[
+            {"before_header": path, "after_header": path, "before": old.get(path, ("", 0))[0],
+             "after": new.get(path, ("", 0))[0]}
+            for path in sorted(old.keys() | new.keys()) if old.get(path) != new.get(path)])
+    except BridgeError as error:
+        module.fail_json(msg=str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+../../ip_forward/library/detour_sysctls.py
