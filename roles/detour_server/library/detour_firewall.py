@@ -225,7 +225,8 @@ def remove_if_empty(folder):
 def apply(module):
     """Bring the host to what is wanted; returns the firewall, and the rules added and removed."""
     try:
-        sources = [str(ipaddress.IPv4Network(each, strict=False)) for each in module.params["sources"]]
+        sources = [str(each) for each in ipaddress.collapse_addresses(  # nft takes no overlaps
+            ipaddress.IPv4Network(each, strict=False) for each in module.params["sources"])]
     except ValueError as error:
         raise Failed(f"detour_server_allow_client: {error}") from None
     kind = module.params["kind"]
