@@ -26,10 +26,13 @@ walkthrough: ## the path manager in the kernel, live, with a client in a VM; cap
 test: venv ## run the unit tests and the tests on network namespaces
 	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider)
 
-lint: venv ## ruff and mypy --strict
-	@$(BIN)/ruff check src tests kernel $(KERNEL_SCRIPTS)
+lint: venv ## ruff, mypy --strict, ansible-lint, yamllint; roles' documents and defaults
+	@$(BIN)/ruff check src tests kernel $(KERNEL_SCRIPTS) roles scripts/role-docs scripts/wheels
 	@$(BIN)/mypy
 	@MYPYPATH=kernel $(BIN)/mypy -p detour_kernel
+	@$(BIN)/python scripts/role-docs --check
+	@$(BIN)/yamllint --strict .
+	@. $(BIN)/activate && ansible-lint --nocolor -q
 
 kernel: ## build a kernel for VMs, with Debian packages, or find it in the cache
 	@scripts/setup kernel

@@ -5,7 +5,9 @@ Only rules of its own are ever added or removed. What it added stands in a file,
 run removes exactly that, also when port, sources or firewall are others then.
 """
 
+import contextlib
 import hashlib
+import itertools
 import ipaddress
 import json
 import os
@@ -20,20 +22,20 @@ NFT_DROP_IN = "/etc/systemd/system/nftables.service.d/detour-tools.conf"
 
 # The rules that nftables.service loads come first, whatever its own file holds; ours follow.
 NFT_DROP_IN_TEXT = f"""\
-# Ansible managed: role detour_server opens the detour's port after the host's own rules are loaded.
-# Should that fail, because there is no such chain any more, the host's own rules stand all the same.
+# Ansible managed: role detour_server opens the detour's port after the host's rules are loaded.
+# Should that fail, because there is no such chain any more, the host's rules stand all the same.
 [Service]
 ExecStartPost=-/usr/sbin/nft -f {NFT_FILE}
 ExecReload=-/usr/sbin/nft -f {NFT_FILE}
 """
 
 
-class Failed(Exception):
+class FirewallError(Exception):
     """Something that the user can mend, in one line."""
 
 
 def run(*command, check=True):
-    """Run a command and return what it printed; None when there is no such program, or it failed."""
+    """Run a command and return what it printed; None when there is none such, or it failed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False,
                               env=dict(os.environ, LC_ALL="C", LANGUAGE="C"))
@@ -42,13 +44,12 @@ def run(*command, check=True):
     if done.returncode:
         if check:
             said = (done.stderr or done.stdout).strip().splitlines() or ["it failed"]
-            raise Failed("{}: {}".format(" ".join(command), said[-1]))
+            raise FirewallError("{}: {}".format(" ".join(command), said[-1]))
         return None
     return done.stdout
 
 
-# Each firewall has: wanted(), the rules it should have as JSON values; missing(rules), those of them
-# that it has not; add(rules); remove(rules), which is quiet about those that are gone.
+# What is the same for each firewall: rules are JSON values, and are kept in STATE.
 
 
 class Ufw:
@@ -56,11 +57,13 @@ class Ufw:
 
     @staticmethod
     def wanted(port, sources):
+        """The rules for these sources."""
         return [["any" if source == "0.0.0.0/0" else source.removesuffix("/32"), port]
                 for source in sources]
 
     @staticmethod
     def missing(rules):
+        """Those that the host does not have."""
         added = {line.split(" comment ")[0]
                  for line in (run("ufw", "show", "added", check=False) or "").splitlines()}
         return [[source, port] for source, port in rules if (
@@ -68,10 +71,12 @@ class Ufw:
             else f"ufw allow from {source} to any port {port} proto udp") not in added]
 
     def add(self, rules):
+        """Add those that are missing."""
         for rule in self.missing(rules):
             run("ufw", "allow", *self._words(rule), "comment", "detour-tools")
 
     def remove(self, rules):
+        """Remove those that are there."""
         for rule in rules:
             run("ufw", "delete", "allow", *self._words(rule), check=False)
 
@@ -86,6 +91,7 @@ class Firewalld:
 
     @staticmethod
     def wanted(port, sources):
+        """The rules for these sources."""
         zones = {run("firewall-cmd", "--get-default-zone").strip()}
         zones.update(re.findall(r"^([^\s(]+)", run("firewall-cmd", "--get-active-zones"), re.M))
         return [[zone, f'rule family="ipv4" source address="{source}" port port="{port}" '
@@ -93,21 +99,25 @@ class Firewalld:
 
     @staticmethod
     def missing(rules):
+        """Those that the host does not have."""
         return [[zone, rule] for zone, rule in rules if any(
             run("firewall-cmd", *when, f"--zone={zone}", f"--query-rich-rule={rule}", check=False)
             is None for when in ([], ["--permanent"]))]
 
     @staticmethod
     def add(rules):
+        """Add those that are missing."""
         for zone, rule in rules:
             for when in ([], ["--permanent"]):
                 run("firewall-cmd", *when, f"--zone={zone}", f"--add-rich-rule={rule}")
 
     @staticmethod
     def remove(rules):
+        """Remove those that are there."""
         for zone, rule in rules:
             for when in ([], ["--permanent"]):
-                run("firewall-cmd", *when, f"--zone={zone}", f"--remove-rich-rule={rule}", check=False)
+                run("firewall-cmd", *when, f"--zone={zone}", f"--remove-rich-rule={rule}",
+                    check=False)
 
 
 class Nftables:
@@ -119,6 +129,7 @@ class Nftables:
 
     @staticmethod
     def wanted(port, sources):
+        """The rules for these sources."""
         rules = []
         text = f"ip saddr {{ {', '.join(sources)} }} udp dport {port} accept"
         mark = "detour-tools " + hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -126,19 +137,21 @@ class Nftables:
             if not drops(found, port):
                 continue
             if chain == "ip filter INPUT":  # a rule by nft would make iptables refuse to show it
-                raise Failed(
-                    f"iptables drops UDP {port} here, so no client can ask the detour: run 'iptables -I "
-                    f"INPUT -p udp --dport {port} -s {','.join(sources)} -j ACCEPT', make that last and "
-                    "set detour_server_firewall to none")
+                raise FirewallError(
+                    f"iptables drops UDP {port} here, so no client can ask the detour: run 'iptables "
+                    f"-I INPUT -p udp --dport {port} -s {','.join(sources)} -j ACCEPT', make that "
+                    "last and set detour_server_firewall to none")
             rules.append([chain, f'{text} comment "{mark}"'])
         return rules
 
     def missing(self, rules):
+        """Those that the host does not have."""
         if rules and (read(NFT_FILE) != self._text(rules) or read(NFT_DROP_IN) != NFT_DROP_IN_TEXT):
             return rules
         return [rule for rule in rules if not self._handles(rule)]
 
     def add(self, rules):
+        """Add those that are missing."""
         # All of them: the file is for all.
         write(NFT_FILE, self._text(rules))
         write(NFT_DROP_IN, NFT_DROP_IN_TEXT)
@@ -148,6 +161,7 @@ class Nftables:
                 run("nft", f"insert rule {rule[0]} {rule[1]}")
 
     def remove(self, rules):
+        """Remove those that are there."""
         for rule in rules:
             for handle in self._handles(rule):
                 run("nft", "delete", "rule", *rule[0].split(), "handle", handle, check=False)
@@ -166,7 +180,8 @@ class Nftables:
     def _handles(rule):
         mark = re.search(r'"detour-tools \w+"', rule[1])[0]
         text = run("nft", "-a", "list", "chain", *rule[0].split(), check=False) or ""
-        return [line.rsplit("# handle ", 1)[1].strip() for line in text.splitlines() if mark in line]
+        return [line.rsplit("# handle ", 1)[1].strip()
+                for line in text.splitlines() if mark in line]
 
 
 KINDS = {"firewalld": Firewalld, "ufw": Ufw, "nftables": Nftables}
@@ -216,10 +231,8 @@ def write(path, text):
 
 def remove_if_empty(folder):
     """Remove a folder that holds nothing more."""
-    try:
+    with contextlib.suppress(OSError):
         os.rmdir(folder)
-    except OSError:
-        pass
 
 
 def apply(module):
@@ -228,7 +241,7 @@ def apply(module):
         sources = [str(each) for each in ipaddress.collapse_addresses(  # nft takes no overlaps
             ipaddress.IPv4Network(each, strict=False) for each in module.params["sources"])]
     except ValueError as error:
-        raise Failed(f"detour_server_allow_client: {error}") from None
+        raise FirewallError(f"detour_server_allow_client: {error}") from None
     kind = module.params["kind"]
     if module.params["state"] == "absent":
         kind = "none"
@@ -252,7 +265,7 @@ def apply(module):
                 write(STATE, json.dumps(wanted, indent=1) + "\n")
         elif os.path.exists(STATE):
             os.unlink(STATE)
-    return kind, sum(new.values(), []), sum(gone.values(), [])
+    return kind, *(list(itertools.chain(*each.values())) for each in (new, gone))
 
 
 def main():
@@ -265,10 +278,11 @@ def main():
     })
     try:
         kind, new, gone = apply(module)
-    except Failed as error:
+    except FirewallError as error:
         module.fail_json(msg=str(error))
     module.exit_json(changed=bool(new or gone), kind=kind, diff={
-        "before": "".join(f"{each}\n" for each in gone), "after": "".join(f"{each}\n" for each in new)})
+        "before": "".join(f"{each}\n" for each in gone),
+        "after": "".join(f"{each}\n" for each in new)})
 
 
 if __name__ == "__main__":
