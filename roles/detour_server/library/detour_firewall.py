@@ -7,8 +7,8 @@ run removes exactly that, also when port, sources or firewall are others then.
 
 import contextlib
 import hashlib
-import itertools
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -138,9 +138,9 @@ class Nftables:
                 continue
             if chain == "ip filter INPUT":  # a rule by nft would make iptables refuse to show it
                 raise FirewallError(
-                    f"iptables drops UDP {port} here, so no client can ask the detour: run 'iptables "
-                    f"-I INPUT -p udp --dport {port} -s {','.join(sources)} -j ACCEPT', make that "
-                    "last and set detour_server_firewall to none")
+                    f"iptables drops UDP {port} here, so no client can ask the detour: run "
+                    f"'iptables -I INPUT -p udp --dport {port} -s {','.join(sources)} -j ACCEPT', "
+                    "make that last and set detour_server_firewall to none")
             rules.append([chain, f'{text} comment "{mark}"'])
         return rules
 
@@ -201,7 +201,8 @@ def drops(chain, port):
     if any(re.search(rf"udp dport (\{{[^}}]*\b)?{port}\b.* accept", line) for line in lines):
         return False
     return "policy drop" in chain or any(
-        re.match(r"(counter packets \d+ bytes \d+ |log .*)?(drop|reject)\b", line) for line in lines)
+        re.match(r"(counter packets \d+ bytes \d+ |log .*)?(drop|reject)\b", line)
+        for line in lines)
 
 
 def detect():
