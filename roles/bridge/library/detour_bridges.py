@@ -214,6 +214,11 @@ class Manager(ABC):
         return {str(path): (path.read_text(encoding="utf-8"), path.stat().st_mode & 0o777)
                 for pattern in self.patterns for path in sorted(Path("/").glob(pattern[1:]))}
 
+    def made(self) -> bool:
+        """Whether bridges were made by it."""
+        return any(text for path, (text, _) in self.ours().items()
+                   if not any(fnmatch.fnmatchcase(path, each) for each in DhcpByDnsmasq.patterns))
+
     @abstractmethod
     def files(self, bridges: list[Bridge]) -> Files:
         """The files that are to be there; raises BridgeError."""
@@ -601,11 +606,14 @@ def managers() -> tuple[Manager, ...]:
 def find_manager(wanted: str, bridges: list[Bridge]) -> Manager:
     """Who manages the ports, or else the host; raises BridgeError."""
     known = {each.name: each for each in managers()}
+    for each in known.values():
+        if each.made():
+            if wanted not in ("auto", each.name):
+                raise BridgeError(f"the bridges of this host were made by {each.name}: take them away "
+                                  "first (bridge_state: absent)")
+            return each
     if wanted != "auto":
         return known[wanted]
-    for each in known.values():
-        if each.ours():
-            return each
     ifstate = text_of("/run/network/ifstate") or ""
     devices = run("nmcli", "-t", "-f", "DEVICE,STATE", "device", check=False)
     links = run("networkctl", "list", "--no-legend", "--no-pager", check=False)
@@ -793,7 +801,7 @@ def main() -> None:
         new: Files = {}
         applied = False
         name = ""
-        if bridges or any(each.ours() for each in managers()):
+        if bridges or any(each.made() for each in managers()):
             manager = find_manager(module.params["manager"], bridges)
             name = manager.name
             old, new = manager.states(bridges)
