@@ -83,10 +83,10 @@ class _Demo:
             results = Results(netem=self._lab.netem)
             self._transfers(results, folder)
             story.quiet = True  # what they say when they are stopped is no part of it
-        story.signals.check()
+        story.caught.check()
         results.count_paths(captures["client"].path, self._client.address, {
             self._server.address: "direct", self._detour.address: "detour"})
-        story.signals.check()
+        story.caught.check()
         # Not before: it keeps a cache in the home folder unless told otherwise.
         os.environ["MPLCONFIGDIR"] = str(folder)
         from detour_tools.lab import report  # noqa: PLC0415
@@ -159,7 +159,7 @@ class _Demo:
 
     def _tick(self, direction: str) -> None:
         """See that all programs live, and tell the bytes by path so far as the daemon has them."""
-        self._story.signals.check()
+        self._story.caught.check()
         for program in self._programs:
             program.check()
         if time.monotonic() < self._next_tick:

@@ -104,20 +104,20 @@ class Story:
     Headings and notes are also where a signal takes effect.
     """
 
-    def __init__(self, signals: Signals) -> None:
+    def __init__(self, caught: Signals) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
-        self.signals = signals
+        self.caught = caught
         self.quiet = False
         self._started = time.monotonic()
 
     def heading(self, text: str) -> None:
         """What comes next."""
-        self.signals.check()
+        self.caught.check()
         self.console.print(f"\n[bold]{escape(text)}[/bold]")
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        self.signals.check()
+        self.caught.check()
         self.console.print(escape(text))
 
     def last_words(self, text: str) -> None:
@@ -149,8 +149,8 @@ def own_lab(name: str, what: str) -> Iterator[tuple[Lab, Story]]:
             running.enter_context(state.locked(f"{name}.demo", wait=False))
         except BlockingIOError:
             raise UserError(f"a {what} is running on the lab '{name}' already") from None
-        signals = running.enter_context(Signals())
-        story = Story(signals)
+        caught = running.enter_context(Signals())
+        story = Story(caught)
         lab = Lab(reference_topology(), name)
         if state.load(name) is not None:
             story.note(f"removing the lab '{name}' that a {what} before left")
@@ -158,14 +158,14 @@ def own_lab(name: str, what: str) -> Iterator[tuple[Lab, Story]]:
         try:
             yield lab, story
         except subprocess.CalledProcessError as error:
-            signals.check()
+            caught.check()
             said = " ".join(str(error.stderr or error.stdout or "").split())
             raise UserError(f"'{' '.join(error.cmd)}' failed",
                             said or f"status {error.returncode}") from None
         except Exception:
-            signals.check()  # Ctrl-C also ends what we had just started: that is no error
+            caught.check()  # Ctrl-C also ends what we had just started: that is no error
             raise
         finally:
             lab.down()
             story.last_words("everything is down again")
-        signals.check()
+        caught.check()

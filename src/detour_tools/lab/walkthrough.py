@@ -175,7 +175,7 @@ class _Walk:
             machine = vm.Machine.start(settings)
         with machine:
             booted = machine.run(["ip", "-j", "-4", "address", "show", "dev", "eth0"],
-                                 env=environment(), on_turn=story.signals.check)
+                                 env=environment(), on_turn=story.caught.check)
             found = json.loads(booted.stdout or "[]")
             addresses = [ip_address(each["local"]) for link in found for each in link["addr_info"]]
             yield VmHost("client", machine.folder,
@@ -225,7 +225,7 @@ class _Walk:
             try:
                 deadline = time.monotonic() + _PATIENCE_SECONDS
                 while fetching.poll() is None:
-                    self._story.signals.check()
+                    self._story.caught.check()
                     if time.monotonic() > deadline:
                         raise UserError(f"the page did not come within {_PATIENCE_SECONDS:g} s")
                     now = client.run(["ss", "-HOtni", "state", "established",
