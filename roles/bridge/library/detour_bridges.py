@@ -25,8 +25,8 @@ module: detour_bridges
 short_description: Bridges by systemd-networkd, ifupdown or NetworkManager
 description:
   - Writes what the host's network manager needs to make bridges, and has it make them.
-  - A timer is started before the change; unless I(confirm) stops it in time, it puts back the files that stood before
-    and applies them.
+  - A timer is started before the change; unless I(confirm) stops it in time, it puts back the
+    files that stood before and applies them.
 options:
   bridges:
     description: The bridges, as the role's argument specification tells.
@@ -134,23 +134,27 @@ class Bridge:
         if self.mac_from:
             self.mac = (text_of(SYS / self.mac_from / "address") or "").strip()
 
+    def _wrong(self, what: str) -> BridgeError:
+        return BridgeError(f"bridge {self.name}: {what}")
+
     def _check(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}", self.name):
-            raise BridgeError(f"'{self.name}' is no name for a bridge: 15 letters and digits at most")
+            raise BridgeError(f"'{self.name}' is no name for a bridge: 15 letters and digits at "
+                              "most")
         if (SYS / self.name).exists() and not (SYS / self.name / "bridge").exists():
             raise BridgeError(f"{self.name} is there already, and no bridge")
         for port in self.ports:
             if not (SYS / port).exists():
-                raise BridgeError(f"bridge {self.name}: there is no interface '{port}'; there are: "
+                raise self._wrong(f"there is no interface '{port}'; there are: "
                                   f"{' '.join(sorted(os.listdir(SYS)))}")
             master = (SYS / port / "master").resolve().name
             if master not in ("master", self.name):
-                raise BridgeError(f"bridge {self.name}: {port} belongs to {master}")
+                raise self._wrong(f"{port} belongs to {master}")
             if master != self.name and port != self.mac_from and _has_address(port):
-                raise BridgeError(f"bridge {self.name}: {port} has addresses, which a port of a bridge cannot "
-                                  f"use: have the bridge take them over with mac_from: {port}")
+                raise self._wrong(f"{port} has addresses, which a port cannot use: have "
+                                  f"the bridge take them over with mac_from: {port}")
         if self.mac_from and self.mac_from not in self.ports:
-            raise BridgeError(f"bridge {self.name}: mac_from '{self.mac_from}' is none of its ports")
+            raise self._wrong(f"mac_from '{self.mac_from}' is none of its ports")
         self._check_addresses()
 
     def _check_addresses(self) -> None:
@@ -160,27 +164,27 @@ class Bridge:
                 if each:
                     ip_address(each)
         except ValueError as error:
-            raise BridgeError(f"bridge {self.name}: {error}") from None
+            raise self._wrong(f"{error}") from None
         if any("/" not in each for each in self.address) and not self.by_dhcp:
-            raise BridgeError(f"bridge {self.name}: an address needs its prefix, as in 192.0.2.1/24")
+            raise self._wrong("an address needs its prefix, as in 192.0.2.1/24")
         if self.gateway and not any(ip_address(self.gateway) in each.network for each in networks):
-            raise BridgeError(f"bridge {self.name}: its gateway {self.gateway} is in none of its networks")
+            raise self._wrong(f"its gateway {self.gateway} is in none of its networks")
         if not self.dhcp:
             return
         if self.ports:
-            raise BridgeError(f"bridge {self.name}: a DHCP server is for a bridge without ports; on this one it "
-                              "would answer hosts of the network behind them")
+            raise self._wrong("a DHCP server is for a bridge without ports; on this one it would "
+                              "answer hosts of the network behind them")
         self.network = next((each for each in networks if isinstance(each, IPv4Interface)), None)
         if self.network is None:
-            raise BridgeError(f"bridge {self.name}: a DHCP server needs an IPv4 address on the bridge")
+            raise self._wrong("a DHCP server needs an IPv4 address on the bridge")
         try:
             self.first, self.last = (ip_address(self.dhcp[end]) for end in ("first", "last"))
         except (KeyError, ValueError) as error:
-            raise BridgeError(f"bridge {self.name}: dhcp needs first and last, addresses: {error}") from None
+            raise self._wrong(f"dhcp needs first and last, addresses: {error}") from None
         inside = self.first in self.network.network and self.last in self.network.network
         if not inside or int(self.first) > int(self.last) or (
                 int(self.first) <= int(self.network.ip) <= int(self.last)):
-            raise BridgeError(f"bridge {self.name}: dhcp goes from {self.first} to {self.last}, which must lie in "
+            raise self._wrong(f"dhcp goes from {self.first} to {self.last}, which must lie in "
                               f"{self.network.network} beside the bridge's own address")
 
     def done(self) -> str:
@@ -200,7 +204,13 @@ class Bridge:
 
 
 def _has_address(port: str) -> bool:
-    return bool(run("ip", "-o", "addr", "show", "dev", port, "scope", "global", check=False).strip())
+    shown = run("ip", "-o", "addr", "show", "dev", port, "scope", "global", check=False)
+    return bool(shown.strip())
+
+
+def delete(names: set[str]) -> list[str]:
+    """Shell commands that delete bridges, where they are."""
+    return [f"ip link delete {name} type bridge 2>/dev/null || true" for name in sorted(names)]
 
 
 class Manager(ABC):
@@ -280,13 +290,16 @@ class Networkd(Manager):
             # By it a DHCP server knows who asks; networkd makes it from the interface.
             match = re.search(r"DHCP4 Client ID: IAID:(0x[0-9a-f]+)/", shown)
             number = str(int(match[1], 16)) if match else ""
-        texts = [text_of(source), *(text_of(part) for part in sorted(Path(f"{source}.d").glob("*.conf")))]
+        parts = sorted(Path(f"{source}.d").glob("*.conf"))
+        texts = [text_of(source), *(text_of(part) for part in parts)]
         if texts[0] is None:
             if before:  # it is gone; what was taken from it stays
                 return before.partition("\n\n")[2]
             raise BridgeError(f"bridge {bridge.name}: cannot read {source}")
-        sections = re.split(r"^(?=\[)", "\n".join(text or "" for text in texts), flags=re.MULTILINE)
-        kept = [re.sub(r"^\s*[#;].*\n", "", section, flags=re.MULTILINE).strip() for section in sections
+        text = re.sub(r"^\s*[#;].*\n", "", "\n".join(text or "" for text in texts),
+                      flags=re.MULTILINE)
+        sections = re.split(r"^(?=\[)", text, flags=re.MULTILINE)
+        kept = [section.strip() for section in sections
                 if re.match(r"\[(?!Match\]|Link\])", section)]
         if number and "IAID=" not in "".join(kept):
             kept.append(f"[DHCPv4]\nIAID={number}")
@@ -326,10 +339,9 @@ class Networkd(Manager):
     def up(self, bridges: set[str], ports: set[str], gone: set[str]) -> list[str]:
         """Make those that changed anew: networkd reads a .netdev only once."""
         names = sorted(bridges | ports)
-        return [f"ip link delete {name} type bridge 2>/dev/null || true"
-                for name in sorted(bridges | gone)] + ["networkctl reload"] + (
-            # Those that are not there yet are configured as soon as they are.
-            [f"networkctl reconfigure {name} 2>/dev/null || true" for name in names])
+        return [*delete(bridges | gone), "networkctl reload",
+                # Those that are not there yet are configured as soon as they are.
+                *(f"networkctl reconfigure {name} 2>/dev/null || true" for name in names)]
 
 
 class DhcpByDnsmasq:
@@ -343,7 +355,8 @@ class DhcpByDnsmasq:
             if not bridge.dhcp:
                 continue
             if not shutil.which("dnsmasq", path="/usr/sbin:/sbin:/usr/bin"):
-                raise BridgeError(f"bridge {bridge.name}: its DHCP server needs dnsmasq: apt install dnsmasq-base")
+                raise BridgeError(f"bridge {bridge.name}: its DHCP server needs dnsmasq: "
+                                  "apt install dnsmasq-base")
             router = "" if bridge.dhcp.get("router", True) else "dhcp-option=option:router\n"
             dns = ",".join(bridge.dhcp.get("dns") or [])
             found[f"/etc/detour-tools/bridge-{bridge.name}.dnsmasq"] = (
@@ -354,14 +367,16 @@ class DhcpByDnsmasq:
                 f"dhcp-leasefile=/run/detour-bridge-{bridge.name}.leases\n", 0o644)
             found[f"/etc/systemd/system/detour-bridge-dhcp-{bridge.name}.service"] = (
                 "# Made by detour-tools (role bridge).\n"
-                f"[Unit]\nDescription=DHCP server of the bridge {bridge.name}\nAfter=network.target\n\n"
+                f"[Unit]\nDescription=DHCP server of the bridge {bridge.name}\n"
+                "After=network.target\n\n"
                 "[Service]\n"
                 f"ExecStart=/usr/sbin/dnsmasq -k -C /etc/detour-tools/bridge-{bridge.name}.dnsmasq "
                 f"--pid-file\nRestart=on-failure\nRestartSec=2\n\n"
                 "[Install]\nWantedBy=multi-user.target\n", 0o644)
         return found
 
-    patterns = ("/etc/detour-tools/bridge-*.dnsmasq", "/etc/systemd/system/detour-bridge-dhcp-*.service")
+    patterns = ("/etc/detour-tools/bridge-*.dnsmasq",
+                "/etc/systemd/system/detour-bridge-dhcp-*.service")
 
     @staticmethod
     def down(bridges: set[str]) -> list[str]:
@@ -372,7 +387,7 @@ class DhcpByDnsmasq:
     @staticmethod
     def up(bridges: set[str]) -> list[str]:
         """Start those that there are."""
-        return ["systemctl daemon-reload"] + [
+        return ["rmdir /etc/detour-tools 2>/dev/null || true", "systemctl daemon-reload"] + [
             f"if [ -e /etc/systemd/system/detour-bridge-dhcp-{name}.service ]; then "
             f"systemctl enable -q --now detour-bridge-dhcp-{name}; fi" for name in sorted(bridges)]
 
@@ -428,46 +443,46 @@ class Ifupdown(Manager):
             raise BridgeError("/etc/network/interfaces does not read interfaces.d: add the line "
                               "'source /etc/network/interfaces.d/*' to it")
         if bridges:
-            found[self.own] = ("# Made by detour-tools (role bridge).\n"
-                               + "".join(self._stanza(bridge, stanzas) for bridge in bridges), 0o644)
+            made = "".join(self._stanza(bridge, stanzas) for bridge in bridges)
+            found[self.own] = (f"# Made by detour-tools (role bridge).\n{made}", 0o644)
         return found | DhcpByDnsmasq.files(bridges)
 
     @staticmethod
     def _stanza(bridge: Bridge, stanzas: dict[str, list[str]]) -> str:
         mac = f"address {bridge.mac} " if bridge.mac else ""
-        make = ([f"    pre-up ip link show {bridge.name} >/dev/null 2>&1 || ip link add {bridge.name} "
-                 f"{mac}type bridge"]
-                + [f"    pre-up ip link set {port} master {bridge.name} up" for port in bridge.ports]
-                + [f"    post-down ip link delete {bridge.name} type bridge 2>/dev/null || true"])
-        lines = ["", f"auto {bridge.name}"]
+        name = bridge.name
+        make = [f"    pre-up ip link show {name} >/dev/null 2>&1 || "
+                f"ip link add {name} {mac}type bridge",
+                *(f"    pre-up ip link set {port} master {name} up" for port in bridge.ports),
+                f"    post-down ip link delete {name} type bridge 2>/dev/null || true"]
+        lines = ["", f"auto {name}"]
         if bridge.takes_over:
             taken = stanzas.get(bridge.mac_from, [])
             if not taken:
-                raise BridgeError(f"bridge {bridge.name}: /etc/network/interfaces has no stanza of "
+                raise BridgeError(f"bridge {name}: /etc/network/interfaces has no stanza of "
                                   f"{bridge.mac_from} to take over: give an address")
             for line in taken:
                 words = line.split()
                 if words[:2] == ["iface", bridge.mac_from]:
-                    lines.append(" ".join(["iface", bridge.name, *words[2:]]))
+                    lines.append(" ".join(["iface", name, *words[2:]]))
                     lines += make
                     make = []
                 else:
                     lines.append(line)
         elif bridge.by_dhcp:
-            lines += [f"iface {bridge.name} inet dhcp", *make]
+            lines += [f"iface {name} inet dhcp", *make]
         elif bridge.address:
             for each in bridge.address:
-                version = ip_interface(each).version
-                lines += [f"iface {bridge.name} {'inet' if version == 4 else 'inet6'} static", *make,
-                          f"    address {each}"]
+                family = "inet" if ip_interface(each).version == 4 else "inet6"
+                lines += [f"iface {name} {family} static", *make, f"    address {each}"]
                 if bridge.gateway and ip_address(bridge.gateway) in ip_interface(each).network:
                     lines.append(f"    gateway {bridge.gateway}")
                 if make and bridge.dns:
                     lines.append(f"    dns-nameservers {' '.join(bridge.dns)}")
                 make = []
         else:
-            lines += [f"iface {bridge.name} inet manual", *make,
-                      f"    up ip link set {bridge.name} up"]
+            lines += [f"iface {name} inet manual", *make,
+                      f"    up ip link set {name} up"]
         return "\n".join(lines) + "\n"
 
     def down(self, bridges: set[str], ports: set[str]) -> list[str]:
@@ -477,25 +492,27 @@ class Ifupdown(Manager):
 
     def up(self, bridges: set[str], ports: set[str], gone: set[str]) -> list[str]:
         """Bring up what the new stanzas say."""
-        return [f"ip link delete {name} type bridge 2>/dev/null || true" for name in sorted(gone)] + [
+        return delete(gone) + [
             f"if ifquery {name} >/dev/null 2>&1; then ifup {name} || true; fi"
             for name in (*sorted(bridges), *sorted(ports))] + DhcpByDnsmasq.up(bridges)
 
 
 def comment_out(text: str, ports: set[str]) -> tuple[str, dict[str, list[str]]]:
     """Comment out the stanzas of ports in the text of an interfaces file; also returns these."""
-    lines, taken, port = [], {}, ""
+    lines: list[str] = []
+    taken: dict[str, list[str]] = {}
+    port = ""
     for line in text.splitlines():
         words = line.split()
-        if words and words[0] in ("iface", "mapping", "source", "source-directory", "no-scripts",
-                                  "rename") or (words and words[0].startswith(("auto", "allow-"))):
+        if words and words[0].startswith(("iface", "mapping", "source", "no-scripts", "rename",
+                                          "auto", "allow-")):
             port = words[1] if words[0] == "iface" and words[1:] and words[1] in ports else ""
             if words[0].startswith(("auto", "allow-")):
                 named = {each for each in words[1:]
                          if any(fnmatch.fnmatchcase(name, each) for name in ports)}
                 if named and named != set(words[1:]):
-                    raise BridgeError(f"/etc/network/interfaces: give each interface of '{line.strip()}' "
-                                      "a line of its own")
+                    raise BridgeError("/etc/network/interfaces: give each interface of "
+                                      f"'{line.strip()}' a line of its own")
                 lines.append(f"{MARK}{line}" if named else line)
                 continue
         if port:
@@ -511,7 +528,8 @@ class NetworkManager(Manager):
     """NetworkManager: profiles that are preferred to the host's own."""
 
     name = "networkmanager"
-    patterns = ("/etc/NetworkManager/system-connections/detour-*.nmconnection", *DhcpByDnsmasq.patterns)
+    patterns = ("/etc/NetworkManager/system-connections/detour-*.nmconnection",
+                *DhcpByDnsmasq.patterns)
     _from = "# taken over from "
 
     def files(self, bridges: list[Bridge]) -> Files:
@@ -535,19 +553,21 @@ class NetworkManager(Manager):
         source = next((line.removeprefix(self._from) for line in before.splitlines()
                        if line.startswith(self._from)), "")
         if not source:
-            active = run("nmcli", "-g", "GENERAL.CON-UUID", "device", "show", bridge.mac_from).strip()
-            for line in run("nmcli", "-t", "-f", "UUID,FILENAME", "connection", "show").splitlines():
+            current = run("nmcli", "-g", "GENERAL.CON-UUID", "device", "show", bridge.mac_from)
+            shown = run("nmcli", "-t", "-f", "UUID,FILENAME", "connection", "show")
+            for line in shown.splitlines():
                 number, _, name = line.partition(":")
-                if number == active:
+                if number == current.strip():
                     source = name.replace("\\:", ":")
         text = text_of(source) if source else None
         if text is None:
             if before:
                 return before[before.index(self._from):]
-            raise BridgeError(f"bridge {bridge.name}: NetworkManager has no profile of {bridge.mac_from} to take "
-                              "over: give an address")
+            raise BridgeError(f"bridge {bridge.name}: NetworkManager has no profile of "
+                              f"{bridge.mac_from} to take over: give an address")
         sections = re.split(r"^(?=\[)", text, flags=re.MULTILINE)
-        kept = [section.strip() for section in sections if re.match(r"\[(ipv[46]|proxy)\]", section)]
+        kept = [section.strip() for section in sections
+                if re.match(r"\[(ipv[46]|proxy)\]", section)]
         return f"{self._from}{source}\n" + "\n\n".join(kept) + "\n"
 
     @staticmethod
@@ -556,8 +576,8 @@ class NetworkManager(Manager):
         for version in (4, 6):
             mine = [each for each in bridge.address
                     if not bridge.by_dhcp and ip_interface(each).version == version]
-            lines += [f"[ipv{version}]",
-                      "method=auto" if bridge.by_dhcp else "method=manual" if mine else "method=disabled"]
+            method = "auto" if bridge.by_dhcp else "manual" if mine else "disabled"
+            lines += [f"[ipv{version}]", f"method={method}"]
             for number, each in enumerate(mine, 1):
                 gateway = (f",{bridge.gateway}" if bridge.gateway
                            and ip_address(bridge.gateway) in ip_interface(each).network else "")
@@ -575,12 +595,13 @@ class NetworkManager(Manager):
     def up(self, bridges: set[str], ports: set[str], gone: set[str]) -> list[str]:
         """Have it read the profiles, and take them."""
         folder = "/etc/NetworkManager/system-connections"
-        lines = [f"ip link delete {name} type bridge 2>/dev/null || true" for name in sorted(gone)]
+        lines = delete(gone)
         lines.append("nmcli connection reload")
         for name in sorted(bridges - gone):
             lines.append(f"nmcli --wait 5 connection up detour-{name} || true")
-            lines.append(f"for file in {folder}/detour-{name}-port-*.nmconnection; do [ ! -e \"$file\" ] || "
-                         "nmcli connection up \"$(basename \"$file\" .nmconnection)\"; done")
+            lines.append(f"for file in {folder}/detour-{name}-port-*.nmconnection; do "
+                         '[ ! -e "$file" ] || '
+                         'nmcli connection up "$(basename "$file" .nmconnection)"; done')
             lines.append(f"nmcli --wait 30 connection up detour-{name} || true")
         lines += [f"[ -e /sys/class/net/{port}/master ] || nmcli device connect {port} || true"
                   for port in sorted(ports)]
@@ -609,8 +630,8 @@ def find_manager(wanted: str, bridges: list[Bridge]) -> Manager:
     for each in known.values():
         if each.made():
             if wanted not in ("auto", each.name):
-                raise BridgeError(f"the bridges of this host were made by {each.name}: take them away "
-                                  "first (bridge_state: absent)")
+                raise BridgeError(f"the bridges of this host were made by {each.name}: take them "
+                                  "away first (bridge_state: absent)")
             return each
     if wanted != "auto":
         return known[wanted]
@@ -630,8 +651,8 @@ def find_manager(wanted: str, bridges: list[Bridge]) -> Manager:
                        ("ifupdown", "networking")):
         if active(f"{unit}.service"):
             return known[name]
-    raise BridgeError("neither systemd-networkd nor NetworkManager nor ifupdown runs on this host: start one of them, "
-                      "or set bridge_manager")
+    raise BridgeError("neither systemd-networkd nor NetworkManager nor ifupdown runs on this "
+                      "host: start one of them, or set bridge_manager")
 
 
 QEMU_ACL = Path("/etc/qemu/bridge.conf")
@@ -646,7 +667,8 @@ class QemuAcl:
     def __init__(self, bridges: list[Bridge], allowed: bool, setuid: bool) -> None:
         setuid = setuid and bool(bridges)
         if setuid and not allowed:
-            raise BridgeError("bridge_qemu_helper_setuid needs bridge_qemu_acl, or the helper may use no bridge")
+            raise BridgeError("bridge_qemu_helper_setuid needs bridge_qemu_acl, or the helper may "
+                              "use no bridge")
         self.before = text_of(QEMU_ACL) or ""
         theirs = re.sub(rf"^{re.escape(_ACL_BEGIN)}\n.*?^{re.escape(_ACL_END)}\n", "", self.before,
                         flags=re.MULTILINE | re.DOTALL)
@@ -657,7 +679,8 @@ class QemuAcl:
         self._add = setuid and _ACL_SETUID not in self.before
         self._remove = not setuid and _ACL_SETUID in self.before
         if self._add and not Path(QEMU_HELPER).exists():
-            raise BridgeError(f"there is no {QEMU_HELPER} to make setuid: apt install qemu-system-common")
+            raise BridgeError(f"there is no {QEMU_HELPER} to make setuid: "
+                              "apt install qemu-system-common")
         if self._add and run("dpkg-statoverride", "--list", QEMU_HELPER, check=False):
             self._add = False  # somebody else has decided on its mode
             self.after = self.after.replace(f"{_ACL_SETUID}\n", "")
@@ -712,7 +735,8 @@ def change(manager: Manager, old: Files, new: Files, bridges: list[Bridge], roll
     (WORK / "rollback").write_text(script(
         [f"systemctl stop {APPLY}.service 2>/dev/null", *manager.down(touched, ports)],
         [path for path in new if path not in old], WORK / "old", old,
-        manager.up(touched, ports, after.keys() - before.keys()), WORK / "rolled-back"), encoding="utf-8")
+        manager.up(touched, ports, after.keys() - before.keys()), WORK / "rolled-back"),
+        encoding="utf-8")
     for unit in (f"{ROLLBACK}.timer", f"{ROLLBACK}.service", f"{APPLY}.service"):
         run("systemctl", "stop", unit, check=False)
         run("systemctl", "reset-failed", unit, check=False)
@@ -751,8 +775,9 @@ def confirm(bridges: list[Bridge], seconds: float) -> None:
     if (WORK / "rolled-back").exists() or active(f"{ROLLBACK}.service"):
         wait_for(WORK / "rolled-back", 30)
         clean()
-        raise BridgeError("this host could not be reached with its new bridges in time, and has put back what it had: "
-                          "look at the addresses and ports in bridge_bridges")
+        raise BridgeError("this host could not be reached with its new bridges in time, and has "
+                          "put back what it had: look at the addresses and ports in "
+                          "bridge_bridges")
     end = time.monotonic() + seconds
     missing = "the change is still going on"
     # Only what we came to after the change shows that the way is there.
@@ -762,7 +787,8 @@ def confirm(bridges: list[Bridge], seconds: float) -> None:
                 break
             time.sleep(0.5)
     if missing:
-        raise BridgeError(f"{missing}; what stood before is put back when bridge_rollback_seconds are over")
+        raise BridgeError(f"{missing}; what stood before is put back when bridge_rollback_seconds "
+                          "are over")
     run("systemctl", "stop", f"{ROLLBACK}.timer", check=False)
     clean()
 
@@ -792,10 +818,12 @@ def main() -> None:
             confirm(bridges, 30)
             module.exit_json(changed=False, manager="")
         names = [port for bridge in bridges for port in bridge.ports]
-        if len(set(names)) != len(names) or len({bridge.name for bridge in bridges}) != len(bridges):
+        names += [bridge.name for bridge in bridges]
+        if len(set(names)) != len(names):
             raise BridgeError("bridge_bridges names a bridge or a port twice")
         if bridges and module.params["unfiltered"] and (SYS / "docker0").exists():
-            raise BridgeError("Docker filters bridged frames on this host: set bridge_unfiltered to false")
+            raise BridgeError("Docker filters bridged frames on this host: set bridge_unfiltered "
+                              "to false")
         acl = QemuAcl(bridges, module.params["qemu_acl"], module.params["qemu_helper_setuid"])
         old: Files = {}
         new: Files = {}
