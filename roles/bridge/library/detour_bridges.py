@@ -595,16 +595,16 @@ class NetworkManager(Manager):
     def up(self, bridges: set[str], ports: set[str], gone: set[str]) -> list[str]:
         """Have it read the profiles, and take them."""
         folder = "/etc/NetworkManager/system-connections"
-        lines = delete(gone)
-        lines.append("nmcli connection reload")
+        # First, or it would make those that are deleted anew.
+        lines = ["nmcli connection reload", *delete(gone)]
         for name in sorted(bridges - gone):
-            lines.append(f"nmcli --wait 5 connection up detour-{name} || true")
+            # Without its ports it may wait for a carrier.
+            lines.append(f"nmcli --wait 0 connection up detour-{name} || true")
             lines.append(f"for file in {folder}/detour-{name}-port-*.nmconnection; do "
                          '[ ! -e "$file" ] || '
                          'nmcli connection up "$(basename "$file" .nmconnection)"; done')
-            lines.append(f"nmcli --wait 30 connection up detour-{name} || true")
-        lines += [f"[ -e /sys/class/net/{port}/master ] || nmcli device connect {port} || true"
-                  for port in sorted(ports)]
+        lines += [f"ls {folder}/detour-*-port-{port}.nmconnection >/dev/null 2>&1 || "
+                  f"nmcli --wait 20 device connect {port} || true" for port in sorted(ports)]
         return lines + DhcpByDnsmasq.up(bridges)
 
 
