@@ -8,7 +8,7 @@ it at its next start and puts the right value back in the end.
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from detour_tools.errors import UserError
@@ -61,10 +61,11 @@ class BorrowedSysctls:
         except (ValueError, AttributeError, TypeError):
             log.warning("%s is damaged: what it remembered is lost", journal)
 
-    def set(self, name: str, value: str, resets: Iterable[str] = ()) -> None:
+    def set(self, name: str, value: str, resets: Mapping[str, str] | None = None) -> None:
         """Set a sysctl, remembering what it was; raises UserError.
 
-        ``resets`` are others that the kernel sets to the same value whenever this one is changed.
+        ``resets`` are others that the kernel changes along with this one, and what it sets them to
+        when this one is put back.
         """
         current = read(name)
         if current is None:
@@ -76,9 +77,11 @@ class BorrowedSysctls:
             return
         self._borrowed[name] = (before[0] if before else current, value)
         if before is None:
-            # Put back after this one, which will have set them to what it is then.
-            self._borrowed |= {other: (value, current) for other in resets
-                               if read(other) == value}
+            # Put back after this one.
+            for other, reset in (resets or {}).items():
+                found = read(other)
+                if found not in (None, reset):
+                    self._borrowed[other] = (found, reset)
         self._save()
         write(name, value)
 

@@ -388,24 +388,25 @@ def test_when_it_gets_crowded_unused_mappings_go_soon(lab, start: Start, backend
     assert flow.echo()
 
 
-def test_forwarding_of_single_interfaces_is_put_back(lab, serve):
+def test_what_the_kernel_changes_with_forwarding_is_put_back(lab, serve):
     detour = lab.host("detour")
     detour.run(["ip", "link", "add", "with.dot", "type", "veth", "peer", "name", "end"])
     names = ["with.dot", "default"]
     for name in names:
         detour.run(["sysctl", "-qw", f"net/ipv4/conf/{name}/forwarding=1"])
+    detour.run(["sysctl", "-qw", "net.ipv4.conf.all.accept_redirects=0"])
 
-    def switches() -> str:
-        return detour.run(["sh", "-c", "grep . /proc/sys/net/ipv4/conf/*/forwarding"]).stdout
+    def switches(name: str = "*") -> str:
+        return detour.run(["sh", "-c", f"grep . /proc/sys/net/ipv4/conf/*/{name}"]).stdout
 
     before = switches()
-    assert ":0" in before
-    assert before.count(":1") == 2
+    assert ":0" in switches("forwarding")
+    assert switches("forwarding").count(":1") == 2
     serve().stop()
     assert switches() == before
     serve().kill()
     serve().kill()
-    assert switches().count(":0") == 0
+    assert switches("forwarding").count(":0") == 0
     serve().stop()
     assert switches() == before
 

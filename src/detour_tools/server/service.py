@@ -102,9 +102,10 @@ class Server:
     async def _rules(self, printer: Printer) -> AsyncIterator[None]:
         sysctls = BorrowedSysctls(runtime.directory(PROGRAM) / f"{PROGRAM}.sysctls")
         try:
-            sysctls.set(_FORWARDING, "1", resets=[
-                f"net/ipv4/conf/{name}/forwarding" for name in os.listdir(_PER_INTERFACE)
-                if name != "all"])
+            # See inet_forward_change() in the kernel's net/ipv4/devinet.c.
+            sysctls.set(_FORWARDING, "1", resets={
+                f"net/ipv4/conf/{name}/forwarding": "0" for name in os.listdir(_PER_INTERFACE)
+                if name != "all"} | {"net/ipv4/conf/all/accept_redirects": "1"})
             printer.print(f"{_FORWARDING} = 1\n")
             try:
                 await self._keeper.start(self._settings.backend)
