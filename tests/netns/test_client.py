@@ -396,11 +396,35 @@ def test_request_by_hand_carries_plain_tcp(ready_lab):
 
 def test_check_is_content_with_a_good_host_and_names_a_bad_detour(ready_lab):
     client = ready_lab.host("client")
-    good = client.run(["detour-client", "check", "detour", "--remote", f"{SERVER}:80"])
+    good = client.run(["detour-client", "check", "detour", "--remote", f"{SERVER}:{PORT}"])
     assert "FAIL" not in good.stdout
     bad = client.run(["detour-client", "check", "10.0.3.2"], check=False)
     assert bad.returncode == 1
     assert "FAIL  detour 10.0.3.2: nothing listens on UDP 45672" in bad.stdout
+
+
+def test_check_of_a_remote_tells_what_is_wrong_on_the_way(ready_lab, start):
+    client, detour = ready_lab.host("client"), ready_lab.host("detour")
+
+    def check(port, status):
+        told = client.run(["detour-client", "check", "--remote", f"server:{port}"], check=False)
+        assert told.returncode == status
+        return told.stdout
+
+    good = check(PORT, 0)
+    assert f"ok    remote {SERVER}:{PORT}: speaks Multipath TCP\n" in good
+    assert re.search(rf"ok    detour {DETOUR}:45672: .*, and TCP gets there\n", good)
+
+    assert "FAIL  remote 10.0.3.2:81: cannot be reached directly: Connection ref" in check(81, 1)
+
+    plain = [sys.executable, "-m", "http.server", "--bind", SERVER, "8080"]
+    start(ready_lab.host("server"), plain).wait_line("Serving")
+    assert "FAIL  remote 10.0.3.2:8080: answers by plain TCP" in check(8080, 1)
+
+    detour.run(["nft", "table ip closed { chain in { type filter hook forward priority 0; "
+                "ct status dnat reject; }; }"])
+    assert re.search(r"FAIL  detour 10.0.6.2:45672: .*, but TCP to that port: .* -> let TCP pass",
+                     check(PORT, 1))
 
 
 def test_run_passes_the_exit_status_and_sets_go_up(lab):

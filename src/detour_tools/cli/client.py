@@ -21,7 +21,6 @@ try:
     from detour_tools.client.settings import ClientSettings
     from detour_tools.client.view import render
     from detour_tools.client.wrap import exec_over_mptcp
-    from detour_tools.endpoint import parse_endpoint
     from detour_tools.errors import UserError
     from detour_tools.pathmanager.choose import choose
 except KeyboardInterrupt:  # too early for common.run()
@@ -126,9 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "say whether this host has what is needed, line by line")
     check.add_argument("detours", nargs="*", metavar="DETOUR",
                        help="detours to ask (default: the running daemon's)")
-    check.add_argument("--remote", default="1.1.1.1:443", metavar="ADDRESS:PORT",
-                       help="the remote to ask a mapping for; nothing is sent there "
-                            "(default %(default)s)")
+    check.add_argument("--remote", metavar="REMOTE:PORT",
+                       help="connect to this server, directly and through each detour, and say "
+                       "whether it speaks Multipath TCP (default: only ask detours for a mapping)")
     check.add_argument("--json", action="store_true", help="print it for programs")
     return parser
 
@@ -197,7 +196,7 @@ def _run(arguments: argparse.Namespace) -> NoReturn:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    remote = parse_endpoint(arguments.remote)
+    remote = resolve(arguments.remote) if arguments.remote else None
     findings = []
     for finding in check_host(tuple(arguments.detours), remote):
         findings.append(finding)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whether this host has what a client needs, and how to mend what it lacks."""
 
+import errno
 import shutil
 import socket
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from detour_tools import control, mproxy, runtime, sysctl
 from detour_tools.client.request import request_mapping, resolve
 from detour_tools.client.service import PROGRAM
-from detour_tools.endpoint import Endpoint
+from detour_tools.endpoint import Endpoint, parse_endpoint
 from detour_tools.errors import UserError
 from detour_tools.netlink.inet_diag import InetDiag
 from detour_tools.netlink.socket import GenericNetlink
@@ -18,6 +19,12 @@ from detour_tools.pathmanager.choose import kernel_obstacle
 from detour_tools.pathmanager.userspace import sysctl_setting
 
 _IPPROTO_MPTCP = 262
+_SOL_MPTCP = 284  # linux/socket.h
+_MPTCP_INFO = 1  # linux/mptcp.h
+_CONNECT_SECONDS = 5.0
+
+# Any public address does: the mapping leads there, and nothing is sent.
+_SOME_REMOTE = parse_endpoint("1.1.1.1:443")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +38,11 @@ class Finding:
     needed: bool = True
 
 
-def check_host(detours: tuple[str, ...], remote: Endpoint) -> Iterator[Finding]:
-    """Check the kernel, the privileges, the tools, and each detour's answer for ``remote``.
+def check_host(detours: tuple[str, ...], remote: Endpoint | None) -> Iterator[Finding]:
+    """Check the kernel, the privileges, the tools, and whether each detour answers.
 
-    Without ``detours`` those of the running daemon are asked.
+    Without ``detours`` those of the running daemon are asked. With ``remote``, connect to it too,
+    directly and through each detour, and send nothing on these connections.
     """
     yield _kernel()
     yield _socket()
@@ -57,6 +65,8 @@ def check_host(detours: tuple[str, ...], remote: Endpoint) -> Iterator[Finding]:
     if not detours:
         yield Finding("detour", False, "none given, so none asked",
                       "detour-client check DETOUR", needed=False)
+    if remote:
+        yield _remote(remote)
     for text in detours:
         yield _detour(text, remote)
 
@@ -119,11 +129,44 @@ def _tool(name: str, use: str, mend: str) -> Finding:
                    mend, needed=False)
 
 
-def _detour(text: str, remote: Endpoint) -> Finding:
+def _remote(remote: Endpoint) -> Finding:
+    what = f"remote {remote}"
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM, _IPPROTO_MPTCP) as connection:
+            connection.settimeout(_CONNECT_SECONDS)
+            connection.connect((str(remote.address), remote.port))
+            # Refused where it fell back to TCP (mptcp_getsockopt() in net/mptcp/sockopt.c).
+            connection.getsockopt(_SOL_MPTCP, _MPTCP_INFO, 1)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOPROTOOPT):
+            return Finding(what, False, "answers by plain TCP: connections to it get no detours",
+                           "switch MPTCP on there (mptcpize enable UNIT); if it is on, something "
+                           "on the way removes it: try another port")
+        return Finding(what, False, f"cannot be reached directly: {_reason(error)}",
+                       "every connection begins on the direct path: is the server up, and the "
+                       "port right?")
+    return Finding(what, True, "speaks Multipath TCP")
+
+
+def _detour(text: str, remote: Endpoint | None) -> Finding:
+    what, wanted = f"detour {text}", remote or _SOME_REMOTE
     try:
         detour = resolve(text, mproxy.PORT)
-        port, seconds = request_mapping(detour, remote, remote.port)
+        port, seconds = request_mapping(detour, wanted, wanted.port)
     except UserError as error:
-        return Finding(f"detour {text}", False, error.message, error.hint)
-    return Finding(f"detour {text}", True,
-                   f"answered in {seconds * 1000:.1f} ms: its port {port} leads to {remote}")
+        return Finding(what, False, error.message, error.hint)
+    answered = f"answered in {seconds * 1000:.1f} ms: its port {port} leads to {wanted}"
+    if remote:
+        try:
+            socket.create_connection((str(detour.address), port), _CONNECT_SECONDS).close()
+        except OSError as error:
+            return Finding(what, False, f"{answered}, but TCP to that port: {_reason(error)}",
+                           "let TCP pass to the detour's ports, in its provider's firewall too, "
+                           "and on to the remote; detour-server names at start the rules of its "
+                           "host that drop")
+        answered += ", and TCP gets there"
+    return Finding(what, True, answered)
+
+
+def _reason(error: OSError) -> str:
+    return "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
