@@ -6,6 +6,11 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1 HYPOTHES
 BIN  := .venv/bin
 VM_TESTS := tests/vm
 SCENARIO :=
+# Python programs outside src and tests, which the checkers do not find by themselves.
+PROGRAMS := scripts/role-docs scripts/wheels molecule/default/files/new_run molecule/default/files/transfer \
+	roles/detour_common/files/install.py roles/ip_forward/files/detour-forward roles/monitoring/files/detour-capture \
+	roles/mptcp_kernel/files/look roles/bridge/library/detour_bridges.py roles/detour_server/library/detour_firewall.py \
+	roles/ip_forward/library/detour_sysctls.py
 KERNEL_SCRIPTS := kernel/build kernel/check kernel/export kernel/import kernel/selftests
 .DEFAULT_GOAL := help
 .PHONY: help venv demo walkthrough test lint kernel test-vm test-vm-debug bench molecule
@@ -27,8 +32,9 @@ test: venv ## run the unit tests and the tests on network namespaces
 	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider)
 
 lint: venv ## ruff, mypy --strict, ansible-lint, yamllint; roles' documents and defaults
-	@$(BIN)/ruff check src tests kernel $(KERNEL_SCRIPTS) roles scripts/role-docs scripts/wheels
+	@$(BIN)/ruff check src tests kernel $(KERNEL_SCRIPTS) roles $(PROGRAMS)
 	@$(BIN)/mypy
+	@for each in $(PROGRAMS); do $(BIN)/mypy --no-error-summary --scripts-are-modules -- $$each || exit; done
 	@MYPYPATH=kernel $(BIN)/mypy -p detour_kernel
 	@$(BIN)/python scripts/role-docs --check
 	@$(BIN)/yamllint --strict .

@@ -5,6 +5,8 @@ Only rules of its own are ever added or removed. What it added stands in a file,
 run removes exactly that, also when port, sources or firewall are others then.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import ipaddress
@@ -13,8 +15,13 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from ansible.module_utils.basic import AnsibleModule
+
+# One rule, as JSON keeps it: where it belongs or whom it is for, and what it is.
+Rule = list[str]
 
 STATE = "/etc/detour-tools/firewall.json"
 NFT_FILE = "/etc/nftables.d/detour-tools.nft"
@@ -34,7 +41,7 @@ class FirewallError(Exception):
     """Something that the user can mend, in one line."""
 
 
-def run(*command, check=True):
+def run(*command: str, check: bool = True) -> str | None:
     """Run a command and return what it printed; None when there is none such, or it failed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False,
@@ -49,20 +56,33 @@ def run(*command, check=True):
     return done.stdout
 
 
-# What is the same for each firewall: rules are JSON values, and are kept in STATE.
+class Firewall(Protocol):
+    """What is the same for each firewall; its rules are kept in STATE."""
+
+    def wanted(self, port: int, sources: list[str]) -> list[Rule]:
+        """The rules for these sources."""
+
+    def missing(self, rules: list[Rule]) -> list[Rule]:
+        """Those that the host does not have."""
+
+    def add(self, rules: list[Rule]) -> None:
+        """Add those that are missing."""
+
+    def remove(self, rules: list[Rule]) -> None:
+        """Remove those that are there."""
 
 
 class Ufw:
     """ufw: a rule a source."""
 
     @staticmethod
-    def wanted(port, sources):
+    def wanted(port: int, sources: list[str]) -> list[Rule]:
         """The rules for these sources."""
-        return [["any" if source == "0.0.0.0/0" else source.removesuffix("/32"), port]
+        return [["any" if source == "0.0.0.0/0" else source.removesuffix("/32"), str(port)]
                 for source in sources]
 
     @staticmethod
-    def missing(rules):
+    def missing(rules: list[Rule]) -> list[Rule]:
         """Those that the host does not have."""
         added = {line.split(" comment ")[0]
                  for line in (run("ufw", "show", "added", check=False) or "").splitlines()}
@@ -70,49 +90,50 @@ class Ufw:
             f"ufw allow {port}/udp" if source == "any"
             else f"ufw allow from {source} to any port {port} proto udp") not in added]
 
-    def add(self, rules):
+    def add(self, rules: list[Rule]) -> None:
         """Add those that are missing."""
         for rule in self.missing(rules):
             run("ufw", "allow", *self._words(rule), "comment", "detour-tools")
 
-    def remove(self, rules):
+    def remove(self, rules: list[Rule]) -> None:
         """Remove those that are there."""
         for rule in rules:
             run("ufw", "delete", "allow", *self._words(rule), check=False)
 
     @staticmethod
-    def _words(rule):
+    def _words(rule: Rule) -> list[str]:
         source, port = rule
-        return ["proto", "udp", "from", source, "to", "any", "port", str(port)]
+        return ["proto", "udp", "from", source, "to", "any", "port", port]
 
 
 class Firewalld:
     """firewalld: a rich rule a source in each zone that has interfaces; now and at boot."""
 
     @staticmethod
-    def wanted(port, sources):
+    def wanted(port: int, sources: list[str]) -> list[Rule]:
         """The rules for these sources."""
-        zones = {run("firewall-cmd", "--get-default-zone").strip()}
-        zones.update(re.findall(r"^([^\s(]+)", run("firewall-cmd", "--get-active-zones"), re.M))
+        zones = {(run("firewall-cmd", "--get-default-zone") or "").strip()}
+        active = run("firewall-cmd", "--get-active-zones") or ""
+        zones.update(re.findall(r"^([^\s(]+)", active, re.M))
         return [[zone, f'rule family="ipv4" source address="{source}" port port="{port}" '
                        'protocol="udp" accept'] for zone in sorted(zones) for source in sources]
 
     @staticmethod
-    def missing(rules):
+    def missing(rules: list[Rule]) -> list[Rule]:
         """Those that the host does not have."""
         return [[zone, rule] for zone, rule in rules if any(
             run("firewall-cmd", *when, f"--zone={zone}", f"--query-rich-rule={rule}", check=False)
             is None for when in ([], ["--permanent"]))]
 
     @staticmethod
-    def add(rules):
+    def add(rules: list[Rule]) -> None:
         """Add those that are missing."""
         for zone, rule in rules:
             for when in ([], ["--permanent"]):
                 run("firewall-cmd", *when, f"--zone={zone}", f"--add-rich-rule={rule}")
 
     @staticmethod
-    def remove(rules):
+    def remove(rules: list[Rule]) -> None:
         """Remove those that are there."""
         for zone, rule in rules:
             for when in ([], ["--permanent"]):
@@ -128,7 +149,7 @@ class Nftables:
     """
 
     @staticmethod
-    def wanted(port, sources):
+    def wanted(port: int, sources: list[str]) -> list[Rule]:
         """The rules for these sources."""
         rules = []
         text = f"ip saddr {{ {', '.join(sources)} }} udp dport {port} accept"
@@ -144,13 +165,13 @@ class Nftables:
             rules.append([chain, f'{text} comment "{mark}"'])
         return rules
 
-    def missing(self, rules):
+    def missing(self, rules: list[Rule]) -> list[Rule]:
         """Those that the host does not have."""
         if rules and (read(NFT_FILE) != self._text(rules) or read(NFT_DROP_IN) != NFT_DROP_IN_TEXT):
             return rules
         return [rule for rule in rules if not self._handles(rule)]
 
-    def add(self, rules):
+    def add(self, rules: list[Rule]) -> None:
         """Add those that are missing."""
         # All of them: the file is for all.
         write(NFT_FILE, self._text(rules))
@@ -160,7 +181,7 @@ class Nftables:
             if not self._handles(rule):
                 run("nft", f"insert rule {rule[0]} {rule[1]}")
 
-    def remove(self, rules):
+    def remove(self, rules: list[Rule]) -> None:
         """Remove those that are there."""
         for rule in rules:
             for handle in self._handles(rule):
@@ -172,22 +193,22 @@ class Nftables:
         run("systemctl", "daemon-reload", check=False)
 
     @staticmethod
-    def _text(rules):
+    def _text(rules: list[Rule]) -> str:
         return ("# Ansible managed: role detour_server lets clients ask the detour.\n"
                 + "".join(f"insert rule {chain} {text}\n" for chain, text in rules))
 
     @staticmethod
-    def _handles(rule):
-        mark = re.search(r'"detour-tools \w+"', rule[1])[0]
+    def _handles(rule: Rule) -> list[str]:
+        mark = re.findall(r'"detour-tools \w+"', rule[1])[0]
         text = run("nft", "-a", "list", "chain", *rule[0].split(), check=False) or ""
         return [line.rsplit("# handle ", 1)[1].strip()
                 for line in text.splitlines() if mark in line]
 
 
-KINDS = {"firewalld": Firewalld, "ufw": Ufw, "nftables": Nftables}
+KINDS: dict[str, type[Firewall]] = {"firewalld": Firewalld, "ufw": Ufw, "nftables": Nftables}
 
 
-def input_chains(ruleset):
+def input_chains(ruleset: str) -> Iterator[tuple[str, str]]:
     """Name and text of the ruleset's filters of incoming packets."""
     for table in re.finditer(r"^table (ip|inet) (\S+) \{\n(.*?)^\}", ruleset, re.M | re.S):
         for chain in re.finditer(r"^\tchain (\S+) \{\n(.*?)^\t\}", table[3], re.M | re.S):
@@ -195,7 +216,7 @@ def input_chains(ruleset):
                 yield f"{table[1]} {table[2]} {chain[1]}", chain[2]
 
 
-def drops(chain, port):
+def drops(chain: str, port: int) -> bool:
     """Whether the chain drops what no rule of its own lets in (ours aside)."""
     lines = [line.strip() for line in chain.splitlines() if "detour-tools" not in line]
     if any(re.search(rf"udp dport (\{{[^}}]*\b)?{port}\b.* accept", line) for line in lines):
@@ -205,7 +226,7 @@ def drops(chain, port):
         for line in lines)
 
 
-def detect():
+def detect() -> str:
     """Which firewall runs here; that of nft is for all who have no other."""
     if (run("firewall-cmd", "--state", check=False) or "").startswith("running"):
         return "firewalld"
@@ -214,7 +235,7 @@ def detect():
     return "nftables"
 
 
-def read(path):
+def read(path: str) -> str | None:
     """The file's text, None when there is none."""
     try:
         with open(path, encoding="utf-8") as stream:
@@ -223,20 +244,20 @@ def read(path):
         return None
 
 
-def write(path, text):
+def write(path: str, text: str) -> None:
     """Make the file and its folder."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", encoding="utf-8") as stream:
         stream.write(text)
 
 
-def remove_if_empty(folder):
+def remove_if_empty(folder: str) -> None:
     """Remove a folder that holds nothing more."""
     with contextlib.suppress(OSError):
         os.rmdir(folder)
 
 
-def apply(module):
+def apply(module: AnsibleModule) -> tuple[str, list[Rule], list[Rule]]:
     """Bring the host to what is wanted; returns the firewall, and the rules added and removed."""
     try:
         sources = [str(each) for each in ipaddress.collapse_addresses(  # nft takes no overlaps
@@ -266,10 +287,15 @@ def apply(module):
                 write(STATE, json.dumps(wanted, indent=1) + "\n")
         elif os.path.exists(STATE):
             os.unlink(STATE)
-    return kind, *(list(itertools.chain(*each.values())) for each in (new, gone))
+    return kind, flat(new.values()), flat(gone.values())
 
 
-def main():
+def flat(lists: Iterable[list[Rule]]) -> list[Rule]:
+    """All of them in one list."""
+    return list(itertools.chain(*lists))
+
+
+def main() -> None:
     """The module."""
     module = AnsibleModule(supports_check_mode=True, argument_spec={
         "kind": {"choices": ["auto", "none", *KINDS], "default": "auto"},
