@@ -242,6 +242,25 @@ def test_a_restarted_daemon_shows_and_looks_after_open_connections(ready_lab, st
     assert counter(client, "MPJoinSynTx") == 2
 
 
+def test_a_subflow_through_a_detour_that_is_no_longer_used_is_shown_as_such(
+        ready_lab, start_client, hold):
+    client = ready_lab.host("client")
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    ready_lab.client.kill()
+    start_client(client, "10.0.6.99")
+    assert subflows(client) == [[DETOUR, "direct"]]
+
+
+def test_connections_that_close_at_once_are_no_refusals(ready_lab, hold):
+    client = ready_lab.host("client")
+    for _ in range(10):
+        client.run(["detour-client", "check", "--remote", f"server:{PORT}"])
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    assert [detour["joins_refused"] for detour in status(client)["detours"]] == [0]
+
+
 def test_connections_made_while_no_daemon_ran_get_their_detour(ready_lab, start_client, hold):
     client = ready_lab.host("client")
     ready_lab.client.kill()  # the sysctl stays

@@ -37,9 +37,9 @@ class Script:
         return self._commands(self.machine.created(
             ConnectionCreated(token, LOCAL, remote, **flags), on_link, self.now))
 
-    def established(self, token=1, remote=SERVER, on_link=False, **flags):
+    def established(self, token=1, remote=SERVER, **flags):
         return self._commands(self.machine.established(
-            ConnectionEstablished(token, LOCAL, remote, **flags), on_link, self.now))
+            ConnectionEstablished(token, LOCAL, remote, **flags), self.now))
 
     def answer(self, detour=NEAR, remote=SERVER, port=80, after=0.02):
         self.now += after
@@ -126,10 +126,13 @@ def test_two_connections_share_one_question():
     assert sorted(script.answer(), key=lambda c: c.token) == [joins(token=1), joins(token=2)]
 
 
-def test_a_connection_whose_creation_was_missed_is_served():
+def test_a_connection_that_closed_before_it_was_established_is_gone():
     script = Script()
-    assert script.established() == [asks()]
-    assert script.answer() == [joins()]
+    assert script.created() == [asks()]
+    script.answer()
+    script.machine.closed(1)
+    assert script.established() == []
+    assert script.machine.connections == {}
 
 
 @pytest.mark.parametrize(("remote", "on_link", "flags"), [
@@ -144,7 +147,7 @@ def test_a_connection_whose_creation_was_missed_is_served():
 def test_no_detour_for(remote, on_link, flags):
     script = Script(exclude=(ip_network("10.9.0.0/16"),))
     assert script.created(remote=remote, on_link=on_link, **flags) == []
-    assert script.established(remote=remote, on_link=on_link, **flags) == []
+    assert script.established(remote=remote, **flags) == []
     assert script.wait(3600) == []
 
 

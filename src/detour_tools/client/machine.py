@@ -164,10 +164,12 @@ class Machine:
         """A connection's handshake is under way: ask for mappings while it completes."""
         return list(self._evaluate(self._connection(event, on_link, now), now))
 
-    def established(self, event: ConnectionEstablished, on_link: bool,
-                    now: float) -> list[Command]:
+    def established(self, event: ConnectionEstablished, now: float) -> list[Command]:
         """A connection takes further subflows from now on."""
-        connection = self._connection(event, on_link, now)
+        if not self.knows(event):
+            # Closed at once: the kernel may say so before the handshake's last part has come.
+            return []
+        connection = self.connections[event.token]
         connection.established = True
         return list(self._evaluate(connection, now))
 
@@ -265,11 +267,14 @@ class Machine:
         if path is None or path.state != "joining":
             return []
         path.state = "idle"
-        self.counters.joins_refused += 1
-        if key is not Direct:
-            key.joins_refused += 1
-        # Not there any more, or fallen back to TCP: its end is on the way, if it is to come.
-        path.failures += 3 if code in (errno.ENOTCONN, errno.ESRCH, errno.EINVAL) else 1
+        if code in (errno.ENOTCONN, errno.ESRCH, errno.EINVAL):
+            # Not there any more, or fallen back to TCP: its end is on the way, if it is to come.
+            path.failures += 3
+        else:
+            path.failures += 1
+            self.counters.joins_refused += 1
+            if key is not Direct:
+                key.joins_refused += 1
         self._retry_later(connection, path, now)
         return list(self._evaluate(connection, now))
 
@@ -367,8 +372,7 @@ class Machine:
                 commands += self._evaluate(self.connections[what], now)
         return commands
 
-    def _connection(self, event: ConnectionCreated | ConnectionEstablished, on_link: bool,
-                    now: float) -> Connection:
+    def _connection(self, event: ConnectionCreated, on_link: bool, now: float) -> Connection:
         """The connection of that token: the one known, or a new one where that was another."""
         if self.knows(event):
             return self.connections[event.token]

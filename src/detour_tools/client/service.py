@@ -137,8 +137,7 @@ class ClientService:
                      if connection.reason_for_none else "")
         elif isinstance(event, ConnectionEstablished):
             log.debug("connection %08x established", event.token)
-            on_link = not machine.knows(event) and self._is_on_link(event.remote)
-            commands = machine.established(event, on_link, now)
+            commands = machine.established(event, now)
         elif isinstance(event, DetoursWanted):
             log.debug("the kernel asks for detours to %s", event.remote)
             on_link = not machine.knows_remote(event.remote) and self._is_on_link(event.remote)
@@ -265,8 +264,6 @@ class ClientService:
 
     async def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
         machine = self._machine
-        via = {detour.endpoint.address: str(detour.endpoint.address)
-               for detour in machine.detours}
         connections = []
         for found in await asyncio.to_thread(_connections):
             known = machine.connections.get(found.token)
@@ -277,7 +274,7 @@ class ClientService:
                 "no_detour_because": known.reason_for_none or None if known else None,
                 "subflows": [{
                     "via": (None if subflow.remote == found.remote
-                            else via.get(subflow.remote.address)),
+                            else str(subflow.remote.address)),
                     "local": str(subflow.local),
                     "remote": str(subflow.remote),
                     "state": subflow.state,
