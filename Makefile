@@ -5,6 +5,8 @@
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis $(if $(XDG_CACHE_HOME),XDG_CACHE_HOME=$(XDG_CACHE_HOME)))
 BIN  := .venv/bin
 VM_TESTS := tests/vm
+# Ansible insists.
+UTF8 := LC_ALL=C.UTF-8
 SCENARIO :=
 # Python programs outside src and tests, which the checkers do not find by themselves.
 PROGRAMS := scripts/role-docs scripts/wheels molecule/default/files/new_run molecule/default/files/transfer \
@@ -38,7 +40,7 @@ lint: venv ## ruff, mypy --strict, ansible-lint, yamllint; roles' documents and 
 	@MYPYPATH=kernel $(BIN)/mypy -p detour_kernel
 	@$(BIN)/python scripts/role-docs --check
 	@$(BIN)/yamllint --strict .
-	@. $(BIN)/activate && ansible-lint --nocolor -q
+	@. $(BIN)/activate && $(UTF8) ansible-lint --nocolor -q
 
 kernel: ## build a kernel for VMs, with Debian packages, or find it in the cache
 	@scripts/setup kernel
@@ -60,4 +62,4 @@ bench: ## run the benchmarks, each against its baseline; results land in bench-r
 molecule: ## deploy on virtual machines, and verify there; SCENARIO=default or roles, else all
 	@scripts/setup kernel molecule
 	@scripts/image >/dev/null
-	@. $(BIN)/activate && molecule test $(if $(SCENARIO),--scenario-name $(SCENARIO),--all)
+	@. $(BIN)/activate && $(UTF8) molecule test $(if $(SCENARIO),--scenario-name $(SCENARIO),--all)

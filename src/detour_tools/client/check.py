@@ -111,8 +111,8 @@ def _detour_family() -> Finding:
         return Finding("detour kernel", True,
                        "the DETOUR family is there: the daemon takes the kernel's path manager")
     return Finding("detour kernel", False,
-                   f"{obstacle.message}: the daemon takes the userspace one", obstacle.hint,
-                   needed=False)
+                   f"{obstacle.message}: the daemon takes the userspace one",
+                   f"optional: {obstacle.hint}", needed=False)
 
 
 def _socket_listing() -> Finding:
