@@ -36,7 +36,7 @@ test: venv ## run the unit tests and the tests on network namespaces
 lint: venv ## ruff, mypy --strict, ansible-lint, yamllint; roles' documents and defaults
 	@$(BIN)/ruff check src tests kernel $(KERNEL_SCRIPTS) roles $(PROGRAMS)
 	@$(BIN)/mypy
-	@for each in $(PROGRAMS); do $(BIN)/mypy --no-error-summary --scripts-are-modules -- $$each || exit; done
+	@$(BIN)/mypy --no-error-summary --scripts-are-modules -- $(PROGRAMS)
 	@MYPYPATH=kernel $(BIN)/mypy -p detour_kernel
 	@$(BIN)/python scripts/role-docs --check
 	@$(BIN)/yamllint --strict .
