@@ -82,6 +82,7 @@ manager:
 WORK = Path("/var/lib/detour-tools/bridge")
 ROLLBACK = "detour-bridge-rollback"
 APPLY = "detour-bridge-apply"
+UNITS = Path("/etc/systemd/system")
 SYS = Path("/sys/class/net")
 MARK = "#detour-bridge# "
 
@@ -740,10 +741,23 @@ def change(manager: Manager, old: Files, new: Files, bridges: list[Bridge], roll
     for unit in (f"{ROLLBACK}.timer", f"{ROLLBACK}.service", f"{APPLY}.service"):
         run("systemctl", "stop", unit, check=False)
         run("systemctl", "reset-failed", unit, check=False)
-    run("systemd-run", "-q", f"--unit={ROLLBACK}", f"--on-active={rollback}",
-        "--timer-property=AccuracySec=1s", "/bin/sh", str(WORK / "rollback"))
+    start_timer(rollback)
     run("systemd-run", "-q", f"--unit={APPLY}", "--collect", "/bin/sh", str(WORK / "apply"))
     wait_for(WORK / "applied", 60)
+
+
+def start_timer(seconds: int) -> None:
+    """Have all put back after that time, also when somebody reboots the lost host before."""
+    what = "[Unit]\nDescription=Put back the network that was there before its bridges\n"
+    (UNITS / f"{ROLLBACK}.service").write_text(
+        f"{what}ConditionPathExists={WORK}/rollback\nConditionPathExists=!{WORK}/rolled-back\n\n"
+        f"[Service]\nExecStart=/bin/sh {WORK}/rollback\n", encoding="utf-8")
+    (UNITS / f"{ROLLBACK}.timer").write_text(
+        f"{what}\n[Timer]\nOnActiveSec={seconds}\nAccuracySec=1s\n\n"
+        "[Install]\nWantedBy=timers.target\n", encoding="utf-8")
+    run("systemctl", "daemon-reload")
+    run("systemctl", "enable", "-q", "--now", f"{ROLLBACK}.timer")
+    os.sync()  # of no use if a power cut loses it
 
 
 def names_of(files: Files) -> dict[str, set[str]]:
@@ -789,12 +803,15 @@ def confirm(bridges: list[Bridge], seconds: float) -> None:
     if missing:
         raise BridgeError(f"{missing}; what stood before is put back when bridge_rollback_seconds "
                           "are over")
-    run("systemctl", "stop", f"{ROLLBACK}.timer", check=False)
     clean()
 
 
 def clean() -> None:
-    """Forget the files that stood before."""
+    """Stop the timer, and forget the files that stood before."""
+    run("systemctl", "disable", "-q", "--now", f"{ROLLBACK}.timer", check=False)
+    for kind in ("timer", "service"):
+        (UNITS / f"{ROLLBACK}.{kind}").unlink(missing_ok=True)
+    run("systemctl", "daemon-reload")
     shutil.rmtree(WORK, ignore_errors=True)
     with contextlib.suppress(OSError):  # others may keep something there
         WORK.parent.rmdir()
@@ -825,6 +842,8 @@ def main() -> None:
             raise BridgeError("Docker filters bridged frames on this host: set bridge_unfiltered "
                               "to false")
         acl = QemuAcl(bridges, module.params["qemu_acl"], module.params["qemu_helper_setuid"])
+        if (WORK / "rolled-back").exists() and not module.check_mode:
+            clean()  # nobody came back then
         old: Files = {}
         new: Files = {}
         applied = False
