@@ -18,6 +18,8 @@ from detour_tools.mproxy import v1
 # Always allowed, never contacted: what comes after a request that gets no answer.
 SENTINEL = parse_endpoint("130.104.230.45:7")
 
+_SO_RCVBUFFORCE = 33  # include/uapi/asm-generic/socket.h
+
 
 class Asker:
     """Asks a detour from a host; blocking, with a plain retransmission."""
@@ -25,6 +27,8 @@ class Asker:
     def __init__(self, host: Host, detour: object, source: str = "", port: int = mproxy.PORT):
         with namespaces.inside(host.namespace):
             self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        # Hundreds of answers may wait while more is asked.
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 20)
         self._socket.bind((source, 0))
         self._detour = (str(detour), port)
 
@@ -166,6 +170,7 @@ def kernel_mappings(host: Host, backend: str) -> list[tuple[str, int, str]]:
         text = host.run(["iptables-legacy", "-t", "nat", "-S"]).stdout
         dnat = [(client, int(port), remote) for client, port, remote in re.findall(
             r"-A DETOUR-PREROUTING -s (\S+)/32 -p tcp -m tcp --dport (\d+) "
+            r'-m connlabel --label "97" --set '
             r"-j DNAT --to-destination (\S+)", text)]
         snat = [(client, int(port), f"{address}:{remote_port}")
                 for client, address, remote_port, port in re.findall(

@@ -2,6 +2,7 @@
 """Beside other people's rules: theirs stay as they are, ours do no harm, and theirs are seen."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -121,6 +122,8 @@ def test_a_foreign_masquerade_of_everything_does_not_get_in_the_way(lab, start_s
     assert Flow(client, detour.address, port).seen_as == "10.0.6.2"
 
 
+FORWARD = Path(__file__).parents[2] / "roles/ip_forward/files/detour-forward"
+
 # What stands in the forward chain, a way to name it, and whether a flow comes through.
 FIREWALLS = {
     "nft policy": (["nft", "-f", "-"], """table inet fw {
@@ -159,6 +162,33 @@ def test_a_firewall_that_drops_is_named_with_the_cure(lab, start_server, backend
     assert not server.matching("detoured packets")
     port = asker.ask("10.0.3.2:80", 80)
     assert Flow(client, detour.address, port).echo()
+
+
+@pytest.mark.parametrize("tool", ["nft", "iptables-legacy"])
+def test_the_cure_opens_no_port_that_the_host_publishes(lab, start_server, backend, tool):
+    detour, client = lab.host("detour"), lab.host("client")
+    WhoAmI(lab.host("server"), 80)
+    detour.run(["nft", "-f", "-"], input="""table ip published {
+        chain prerouting { type nat hook prerouting priority dstnat; policy accept;
+            fib daddr type local tcp dport 2222 dnat to 10.0.3.2:80;
+        }
+        chain postrouting { type nat hook postrouting priority srcnat; policy accept;
+            tcp dport 80 masquerade;
+        }
+    }""")
+    if tool == "nft":
+        detour.run(["nft", "-f", "-"], input=FIREWALLS["nft policy"][1])
+    else:
+        detour.run(["iptables-legacy", "-P", "FORWARD", "DROP"])
+    start_server(detour, "--backend", backend, *PRIVATE)
+    detour.run(["python3", FORWARD, "open"])
+    port = Asker(client, detour.address).ask("10.0.3.2:80", 80)
+    assert Flow(client, detour.address, port).echo()
+    with pytest.raises(TimeoutError):
+        Flow(client, detour.address, 2222, timeout=1.0)
+    detour.run(["python3", FORWARD, "close"])
+    with pytest.raises(TimeoutError):
+        Flow(client, detour.address, port, timeout=1.0)
 
 
 def test_a_firewall_that_lets_through_is_not_named(lab, start_server, backend):

@@ -27,6 +27,7 @@ def _state(*states: str) -> dict:
 
 _TCP = {"match": {"op": "==", "left": {"meta": {"key": "l4proto"}}, "right": "tcp"}}
 _DNAT = {"match": {"op": "in", "left": {"ct": {"key": "status"}}, "right": "dnat"}}
+_LABEL = {"match": {"op": "in", "left": {"ct": {"key": "label"}}, "right": 97}}
 _ETH9 = {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "eth9"}}
 
 
@@ -56,6 +57,7 @@ _DROP: list = [{"drop": None}]
     (_nft("accept"), None),
     (_nft("drop"), "add rule inet f forward"),
     (_nft("drop", [_TCP, _DNAT, *_ACCEPT]), None),
+    (_nft("drop", [_TCP, _LABEL, *_ACCEPT]), None),
     (_nft("drop", [_state("established", "related"), *_ACCEPT]), "add rule"),
     (_nft("drop", [_state("established", "new"), *_ACCEPT]), None),
     # What a host's own rule singles out stays dropped: ours comes last.
@@ -85,6 +87,8 @@ def test_nftables(program, text, expected):
     ("-P FORWARD DROP\n-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT", None),
     ("-P FORWARD DROP\n-A FORWARD -p tcp -m conntrack --ctstate DNAT -m comment "
      '--comment "a -j b" -j ACCEPT', None),
+    ('-P FORWARD DROP\n-A FORWARD -p tcp -m connlabel --label "97" -j ACCEPT', None),
+    ("-P FORWARD DROP\n-A FORWARD -p tcp -m connlabel --label 9 -j ACCEPT", "-A"),
     ("-P FORWARD DROP\n-A FORWARD -p udp -j ACCEPT", "-A"),
     ("-P FORWARD DROP\n-A FORWARD ! -p udp -j ACCEPT", None),
     ("-P FORWARD ACCEPT\n-A FORWARD -i eth9 -j DROP", None),

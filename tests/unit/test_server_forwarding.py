@@ -26,6 +26,7 @@ def legacy(*lines: str) -> list[str]:
     ("meta l4proto udp drop", "ip protocol icmp drop", "udp dport 53 reject"),
     ("meta nfproto ipv6 drop",),
     ("ct status dnat accept", "drop"),
+    ("ct label 97 accept", "drop"),
     ("meta l4proto tcp counter packets 0 bytes 0 accept", "reject with icmp port-unreachable"),
     ('counter packets 1 bytes 2 accept comment "drop nothing"', "drop"),
     ("ct state vmap { invalid : drop, established : accept }",),
@@ -47,7 +48,7 @@ def test_nothing_to_say(rules):
 def test_a_rule_that_drops(rules):
     assert nft("accept", *rules) == [
         f"rule '{rules[-1]}' of chain ip fw f drops detoured packets; allow them before it with: "
-        "nft insert rule ip fw f ct status dnat accept"]
+        "nft insert rule ip fw f ct label 97 accept"]
 
 
 @pytest.mark.parametrize("rule", [
@@ -58,12 +59,12 @@ def test_a_rule_that_drops(rules):
 def test_a_rule_that_may_drop(rule):
     assert nft("accept", rule) == [
         f"rule '{rule}' of chain ip fw f may drop detoured packets; allow them before it with: "
-        "nft insert rule ip fw f ct status dnat accept"]
+        "nft insert rule ip fw f ct label 97 accept"]
 
 
 def test_policies():
     said = ("chain inet fw f has policy drop: detoured packets will be dropped; allow them with: "
-            "nft insert rule inet fw f ct status dnat accept")
+            "nft insert rule inet fw f ct label 97 accept")
     assert nft("drop", family="inet") == [said]
     assert nft("drop", "ct state established,related accept", 'oifname "lan" accept',
                family="inet") == [said]
@@ -76,7 +77,7 @@ def test_chains_that_are_jumped_to():
     more = "\tchain g {\n\t\ttcp dport 25 return\n\t\tdrop\n\t}\n\tchain h {\n\t\taccept\n\t}\n"
     assert nft("accept", "jump g", more=more) == [
         "rule 'drop' of chain ip fw g drops detoured packets; allow them before it with: "
-        "nft insert rule ip fw f ct status dnat accept"]
+        "nft insert rule ip fw f ct label 97 accept"]
     assert "may drop" in nft("accept", 'iifname "eth0" jump g', more=more)[0]
     assert nft("drop", "jump h", more=more) == []
     assert nft("drop", "goto h", more=more) == []
@@ -87,7 +88,7 @@ def test_the_cure_fits_iptables_nft():
     text = "table ip filter {\n\tchain FORWARD {\n" + NFT.format(policy="drop") + "\t}\n}\n"
     assert [judged for chain in parse_nft(text) for judged in judge(chain)] == [
         "chain ip filter FORWARD has policy drop: detoured packets will be dropped; "
-        "allow them with: iptables -I FORWARD -m conntrack --ctstate DNAT -j ACCEPT"]
+        "allow them with: iptables -I FORWARD -m connlabel --label 97 -j ACCEPT"]
 
 
 def test_other_hooks_do_not_count():
@@ -97,13 +98,14 @@ def test_other_hooks_do_not_count():
 
 
 def test_legacy():
-    cure = "iptables-legacy -I FORWARD -m conntrack --ctstate DNAT -j ACCEPT"
+    cure = "iptables-legacy -I FORWARD -m connlabel --label 97 -j ACCEPT"
     assert legacy("-P INPUT DROP", "-P FORWARD ACCEPT", "-P OUTPUT ACCEPT") == []
     assert legacy("-P FORWARD DROP") == [
         "chain FORWARD (legacy iptables) has policy drop: detoured packets will be dropped; "
         f"allow them with: {cure}"]
     assert legacy("-P FORWARD DROP",
                   "-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT") == []
+    assert legacy("-P FORWARD DROP", '-A FORWARD -m connlabel --label "97" -j ACCEPT') == []
     assert legacy("-P FORWARD ACCEPT", "-A FORWARD -p udp -j DROP",
                   "-A FORWARD -m conntrack --ctstate INVALID -j DROP",
                   "-A FORWARD -m state --state RELATED,ESTABLISHED -j ACCEPT",

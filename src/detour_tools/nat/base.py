@@ -6,6 +6,10 @@ from typing import Protocol
 
 from detour_tools.mapping import Mapping
 
+# Flows of mappings bear this conntrack label when they come to the forward chains, by which a
+# host's own firewall can tell them from what it has translated itself.
+LABEL = 97
+
 
 class NatError(Exception):
     """The kernel did not take a change; nothing of it was done."""

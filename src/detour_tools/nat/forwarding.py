@@ -16,8 +16,9 @@ from pathlib import Path
 
 from detour_tools.errors import UserError
 from detour_tools.nat import nftables
+from detour_tools.nat.base import LABEL
 
-_ALLOW_IPTABLES = "-I FORWARD -m conntrack --ctstate DNAT -j ACCEPT"
+_ALLOW_IPTABLES = f"-I FORWARD -m connlabel --label {LABEL} -j ACCEPT"
 _LEGACY_TABLES = Path("/proc/net/ip_tables_names")
 _MAY_DROP_AT_MOST = 5
 _DEPTH = 16
@@ -95,7 +96,8 @@ _NFT_NOISE = re.compile(
     r'( (group|snaplen|queue-threshold|flags|level) \S+)*')
 _NFT_VERDICT = re.compile(r"\b(accept|drop|reject|return|(?:jump|goto) \S+)\b")
 _NFT_ALWAYS = re.compile(
-    r"meta l4proto (tcp|6)\b|ip protocol (tcp|6)\b|meta nfproto ipv4|ct status dnat"
+    rf"meta l4proto (tcp|6)\b|ip protocol (tcp|6)\b|meta nfproto ipv4"
+    rf"|ct label {LABEL}\b|ct status dnat"
     r"|ct state [a-z,]*\bnew\b[a-z,]*|meta l4proto \{[^}]*\btcp\b[^}]*\}")
 _NFT_NEVER = re.compile(
     r"ct state (invalid|established|related|untracked)(,(invalid|established|related|untracked))*"
@@ -134,7 +136,7 @@ def _nft_allow(family: str, table: str, chain: str) -> str:
     # A rule by nft would make iptables-nft refuse to show this table.
     if (family, table, chain) == ("ip", "filter", "FORWARD"):
         return f"iptables {_ALLOW_IPTABLES}"
-    return f"nft insert rule {family} {table} {chain} ct status dnat accept"
+    return f"nft insert rule {family} {table} {chain} ct label {LABEL} accept"
 
 
 def _nft_rule(line: str) -> Rule | None:
@@ -155,7 +157,7 @@ def _nft_rule(line: str) -> Rule | None:
 # Legacy iptables
 
 _LEGACY_ALWAYS = re.compile(
-    r'-p tcp\b|-m tcp\b|-m comment --comment (?:"[^"]*"|\S+)'
+    rf'-p tcp\b|-m tcp\b|-m comment --comment (?:"[^"]*"|\S+)|-m connlabel --label "?{LABEL}"?'
     r"|-m (?:conntrack --ct|state --)state [A-Z,]*(?:NEW|DNAT)[A-Z,]*")
 _LEGACY_NEVER = re.compile(
     r"(?<!! )(?:-p (?!tcp\b|all\b)\w+|--(?:ct)?state (?![A-Z,]*(?:NEW|DNAT))[A-Z,]+)")

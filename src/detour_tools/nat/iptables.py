@@ -41,6 +41,10 @@ _REMOVE_ONE_BY_ONE = 32
 _WHOLE_RULE = b"\xff" * 4096
 
 
+class _LockedError(NatError):
+    """Another program is at it."""
+
+
 class IptablesBackend:
     """Mappings as rules of two chains, through python-iptables' access to libiptc."""
 
@@ -50,6 +54,7 @@ class IptablesBackend:
         self._table: Any = None
         self._error: type[Exception] = NatError
         self._present: dict[Mapping, None] = {}
+        self._label = True
 
     def open(self) -> None:
         """Load libiptc and the kernel's legacy nat table."""
@@ -94,7 +99,13 @@ class IptablesBackend:
                 self._table.insert_entry(builtin, jump, 0)
             self._append(mappings)
 
-        self._transaction(change)
+        try:
+            self._transaction(change)
+        except _LockedError:
+            raise
+        except NatError:  # maybe of a kernel without labels, which does as well without
+            self._label = False
+            self._transaction(change)
         self._present = dict.fromkeys(mappings)
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
@@ -110,7 +121,7 @@ class IptablesBackend:
                 self._append(present)
             else:
                 for mapping in remove:
-                    self._table.delete_entry(PREROUTING, xtables.dnat(mapping), _WHOLE_RULE)
+                    self._table.delete_entry(PREROUTING, self._dnat(mapping), _WHOLE_RULE)
                     self._table.delete_entry(POSTROUTING, xtables.masquerade(mapping),
                                              _WHOLE_RULE)
             self._append(add)
@@ -135,8 +146,11 @@ class IptablesBackend:
 
     def _append(self, mappings: Collection[Mapping]) -> None:
         for mapping in mappings:
-            self._table.append_entry(PREROUTING, xtables.dnat(mapping))
+            self._table.append_entry(PREROUTING, self._dnat(mapping))
             self._table.append_entry(POSTROUTING, xtables.masquerade(mapping))
+
+    def _dnat(self, mapping: Mapping) -> bytes:
+        return xtables.dnat(mapping, label=self._label)
 
     def _clear(self) -> None:
         for builtin, chain, _ in _JUMPS:
@@ -191,7 +205,7 @@ def _xtables_lock() -> Iterator[None]:
     try:
         fd = os.open(_LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise NatError(f"cannot open {_LOCK}: {error.strerror}") from None
+        raise _LockedError(f"cannot open {_LOCK}: {error.strerror}") from None
     try:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
@@ -200,7 +214,7 @@ def _xtables_lock() -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise NatError(f"another program holds {_LOCK}") from None
+                    raise _LockedError(f"another program holds {_LOCK}") from None
                 time.sleep(0.01)
         yield
     finally:

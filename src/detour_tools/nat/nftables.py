@@ -15,7 +15,7 @@ from typing import Any
 from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
-from detour_tools.nat.base import NatError
+from detour_tools.nat.base import LABEL, NatError
 from detour_tools.netlink import codec
 from detour_tools.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 
@@ -29,6 +29,8 @@ TABLE = "detour-tools"
 #
 # 'ct status dnat': without it a plain forwarded flow of a client to a mapped remote would be
 # masqueraded, where the detour is also the client's router.
+#
+# 'forward': just before the host's own chains, and only for the first packet of a flow.
 _RULESET = """
 add table ip {table}
 delete table ip {table}
@@ -56,8 +58,14 @@ table ip {table} {{
         ct status dnat meta l4proto tcp ip saddr . ct original proto-dst . ip daddr . tcp dport \
 @mapped drop
     }}
+    chain forward {{
+        type filter hook forward priority filter - 1; policy accept;
+        {label}
+    }}
 }}
 """
+_LABEL = f"""ct state new ct status dnat meta l4proto tcp \
+ip saddr . ct original proto-dst . ip daddr . tcp dport @mapped ct label set {LABEL}"""
 
 _GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
 _NFGENMSG_IPV4 = struct.pack("=BBH", 2, 0, 0)
@@ -127,8 +135,11 @@ class NftablesBackend:
 
     def install(self, mappings: Collection[Mapping], capacity: int) -> None:
         """Make our table anew; a table that stood there is replaced in the same transaction."""
-        self._run(_RULESET.format(table=TABLE, size=capacity)
-                  + "".join(_elements("add", mappings)))
+        elements = "".join(_elements("add", mappings))
+        try:
+            self._run(_RULESET.format(table=TABLE, size=capacity, label=_LABEL) + elements)
+        except NatError:  # a kernel without labels does as well without this one
+            self._run(_RULESET.format(table=TABLE, size=capacity, label="") + elements)
         self._handle = self._table_handle() or b""
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:

@@ -11,6 +11,7 @@ from ipaddress import IPv4Address
 
 from detour_tools.endpoint import Endpoint
 from detour_tools.mapping import Mapping
+from detour_tools.nat.base import LABEL
 
 _TCP = 6
 _HOST = b"\xff" * 4
@@ -29,6 +30,8 @@ _ADDRTYPE = struct.Struct("=HHI")
 # struct xt_conntrack_mtinfo3: addresses, expiry, l4proto, ports (origsrc, origdst, replsrc,
 # repldst), match and invert flags, state and status mask, upper ends of the ports
 _CONNTRACK = struct.Struct("=128x8xH4H2H2H4H6x")
+# struct xt_connlabel_mtinfo: bit, options
+_CONNLABEL = struct.Struct("=HH4x")
 # struct nf_nat_range2: flags, min and max address, min, max and base port
 _DNAT = struct.Struct("=I4s12x4s12x2s2s2x6x")
 # struct nf_nat_ipv4_multi_range_compat: rangesize, flags, min and max address, min and max port
@@ -38,6 +41,7 @@ _ADDRTYPE_LOCAL = 1 << 2
 _CONNTRACK_STATE = 1 << 0
 _CONNTRACK_ORIGDST_PORT = 1 << 9
 _STATE_DNAT = 1 << 7
+_CONNLABEL_SET = 1 << 1
 _NAT_RANGE_MAP_IPS = 1
 _NAT_RANGE_PROTO_SPECIFIED = 2
 
@@ -61,6 +65,7 @@ def _tcp_to(port: int) -> bytes:
     return _extension("tcp", 0, _TCP_MATCH.pack(0, 0xFFFF, port, port, 0, 0, 0, 0))
 
 
+_SET_LABEL = _extension("connlabel", 0, _CONNLABEL.pack(LABEL, _CONNLABEL_SET))
 _MASQUERADE_TARGET = _extension("MASQUERADE", 0, _MASQUERADE.pack(1, 0, _ANY, _ANY, b"", b""))
 
 
@@ -80,13 +85,17 @@ def _jump(chain: str, match: bytes) -> bytes:
     return _rule(matches=match, target=_extension(chain, 0, bytes(8)))
 
 
-def dnat(mapping: Mapping) -> bytes:
-    """``-s CLIENT -p tcp --dport DETOUR-PORT -j DNAT --to-destination REMOTE``."""
+def dnat(mapping: Mapping, *, label: bool) -> bytes:
+    """``-s CLIENT -p tcp --dport DETOUR-PORT -j DNAT --to-destination REMOTE``.
+
+    With ``-m connlabel --set --label LABEL``, unless the kernel has no labels.
+    """
     address = mapping.remote.address.packed
     port = mapping.remote.port.to_bytes(2, "big")
     nat_range = _DNAT.pack(_NAT_RANGE_MAP_IPS | _NAT_RANGE_PROTO_SPECIFIED,
                            address, address, port, port)
-    return _rule(source=mapping.client.packed, matches=_tcp_to(mapping.detour_port),
+    matches = _tcp_to(mapping.detour_port) + (_SET_LABEL if label else b"")
+    return _rule(source=mapping.client.packed, matches=matches,
                  target=_extension("DNAT", 2, nat_range))
 
 
@@ -109,7 +118,7 @@ def read_dnat(rule: bytes) -> Mapping | None:
 
     Not by comparing bytes: the kernel leaves its own in the room behind names.
     """
-    if len(rule) != _DNAT_RULE or _name(rule, _ENTRY.size) != b"tcp":
+    if len(rule) not in _DNAT_RULES or _name(rule, _ENTRY.size) != b"tcp":
         return None
     target = _TARGET_OFFSET.unpack_from(rule, 88)[0]
     if target != len(rule) - _EXTENSION.size - _DNAT.size or _name(rule, target) != b"DNAT":
@@ -124,4 +133,5 @@ def _name(rule: bytes, offset: int) -> bytes:
     return bytes(_EXTENSION.unpack_from(rule, offset)[1].partition(b"\0")[0])
 
 
-_DNAT_RULE = len(dnat(Mapping(IPv4Address(0), 0, Endpoint(IPv4Address(0), 0))))
+_DNAT_RULES = [len(dnat(Mapping(IPv4Address(0), 0, Endpoint(IPv4Address(0), 0)), label=label))
+               for label in (True, False)]
