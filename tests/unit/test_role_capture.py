@@ -57,6 +57,8 @@ def test_good_filters(program, words):
     ("-i eth0 host fe80::1%eth0", "'host' wants an address"),
     ("-i eth0 net 192.0.2.1/24", "'net' wants a network"),
     ("-i eth0 port 65536", "'port' wants a port"),
+    ("-i eth0 port " + "1" * 5000, "'port' wants a port"),
+    ("-i eth0 portrange 1-" + "0" * 5000, "'portrange' wants ports"),
     ("-i eth0 port http", "'port' wants a port"),
     ("-i eth0 portrange 5", "'portrange' wants ports"),
     ("-i eth0 192.0.2.1", "may not stand there"),
@@ -77,6 +79,11 @@ def test_over_ssh_its_own_connection_is_left_out(program):
     assert " ".join(ask.filter) == (
         "( tcp or udp ) and not ( host 192.0.2.9 and host 192.0.2.1 and tcp port 50000 and tcp "
         "port 22 )")
+    # tcpdump knows no zones.
+    ask = program.from_ssh({
+        "SSH_ORIGINAL_COMMAND": "-i eth0",
+        "SSH_CONNECTION": "fe80::9%eth0 50000 fe80::1%eth0 22"})
+    assert " ".join(ask.filter).startswith("not ( host fe80::9 and host fe80::1 and ")
     with pytest.raises(program.RequestError, match="--interface"):
         program.from_ssh({})
     with pytest.raises(program.RequestError, match="cannot read"):
