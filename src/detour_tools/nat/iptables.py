@@ -62,7 +62,7 @@ class IptablesBackend:
             iptc = importlib.import_module("iptc")
         except Exception as error:  # whatever its loading of libraries raises
             raise UserError(f"the iptables back end needs python-iptables and libiptc: {error}",
-                            "apt install python3-iptables") from None
+                            "apt install python3-iptables, or use --backend nftables") from None
         self._error = iptc.IPTCError
         try:
             self._table = iptc.Table("nat", autocommit=False)
