@@ -6,6 +6,7 @@ bears the mark '.complete' when all is there.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path("/opt/detour-tools")
+UNITS = Path("/etc/systemd/system")
 
 
 def main(archive: Path, release: str) -> None:
-    """Make the release's folder, then remove all but it and the one in use."""
+    """Make the release's folder, then remove all but it and those in use."""
     target = ROOT / release
     shutil.rmtree(target, ignore_errors=True)  # what an interrupted run has left
     os.umask(0o022)
@@ -34,13 +36,21 @@ def main(archive: Path, release: str) -> None:
     for program in ("detour-client", "detour-server"):
         run(target / "bin" / program, "--version")
     (target / ".complete").touch()
-    in_use = os.path.basename(os.path.realpath(ROOT / "current"))
     for old in ROOT.iterdir():
-        if old.is_dir() and not old.is_symlink() and old.name not in (release, in_use, "wheels"):
+        if old.is_dir() and not old.is_symlink() and old.name not in (
+                release, "wheels", *in_use()):
             shutil.rmtree(old)
     for old in (ROOT / "wheels").iterdir():
         if old != archive:
             old.unlink()
+
+
+def in_use() -> set[str]:
+    """The release that the commands lead to, and those that units run."""
+    found = {os.path.basename(os.path.realpath(ROOT / "current"))}
+    for unit in UNITS.glob("detour-*.service"):
+        found.update(re.findall(rf"{ROOT}/([^/\s]+)/", unit.read_text(encoding="utf-8")))
+    return found
 
 
 def run(*command: object) -> None:
