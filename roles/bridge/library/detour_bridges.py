@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import json
 import os
 import re
 import shlex
@@ -168,6 +169,8 @@ class Bridge:
             raise self._wrong(f"{error}") from None
         if any("/" not in each for each in self.address) and not self.by_dhcp:
             raise self._wrong("an address needs its prefix, as in 192.0.2.1/24")
+        if networks:
+            self.address = [str(each) for each in networks]  # as ip shows them
         if self.gateway and not any(ip_address(self.gateway) in each.network for each in networks):
             raise self._wrong(f"its gateway {self.gateway} is in none of its networks")
         if not self.dhcp:
@@ -201,6 +204,11 @@ class Bridge:
         for each in self.address:
             if f" {each} " not in shown and not (self.by_dhcp and " inet " in shown):
                 return f"{self.name} has no address {'by DHCP' if self.by_dhcp else each}"
+        if self.gateway:
+            hop = ip_address(self.gateway)
+            if not run("ip", f"-{hop.version}", "route", "show", "default", "via", str(hop),
+                       "dev", self.name):
+                return f"{self.name} has no default route by {hop}"
         return "" if " inet" in shown or not self.takes_over else f"{self.name} has no address"
 
 
@@ -326,7 +334,7 @@ class Networkd(Manager):
             lines += ["DHCPServer=yes", "", "[DHCPServer]", f"PoolOffset={offset}",
                       f"PoolSize={int(bridge.last) - int(bridge.first) + 1}",
                       f"DefaultLeaseTimeSec={bridge.dhcp.get('lease') or 3600}",
-                      f"EmitRouter={'yes' if bridge.dhcp.get('router', True) else 'no'}",
+                      f"EmitRouter={'yes' if bridge.dhcp.get('router') else 'no'}",
                       *([f"DNS={' '.join(dns)}"] if dns else ["EmitDNS=no"])]
         elif bridge.by_dhcp:
             # By its MAC address, which is that of the port: the server may know that one.
@@ -338,11 +346,59 @@ class Networkd(Manager):
         return []
 
     def up(self, bridges: set[str], ports: set[str], gone: set[str]) -> list[str]:
-        """Make those that changed anew: networkd reads a .netdev only once."""
+        """Make bridges anew: networkd reads a .netdev only once."""
         names = sorted(bridges | ports)
         return [*delete(bridges | gone), "networkctl reload",
                 # Those that are not there yet are configured as soon as they are.
                 *(f"networkctl reconfigure {name} 2>/dev/null || true" for name in names)]
+
+
+_DHCP_UNIT = """\
+# Made by detour-tools (role bridge).
+[Unit]
+Description=DHCP server of the bridge {name}
+After=network.target
+
+[Service]
+ExecStart=/usr/sbin/dnsmasq -k -C /etc/detour-tools/bridge-{name}.dnsmasq --pid-file
+Restart=on-failure
+RestartSec=2
+
+User=dnsmasq
+AmbientCapabilities={capabilities}
+CapabilityBoundingSet={capabilities}
+# Its leases outlive a change of its settings.
+RuntimeDirectory=detour-bridge-{name}
+RuntimeDirectoryPreserve=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectProc=invisible
+ProtectClock=yes
+ProtectHostname=yes
+ProtectControlGroups=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+NoNewPrivileges=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RemoveIPC=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+# To answer who has no address yet, to ask whether an address is taken, for its port.
+_DHCP_CAPABILITIES = "CAP_NET_ADMIN CAP_NET_RAW CAP_NET_BIND_SERVICE"
 
 
 class DhcpByDnsmasq:
@@ -358,22 +414,16 @@ class DhcpByDnsmasq:
             if not shutil.which("dnsmasq", path="/usr/sbin:/sbin:/usr/bin"):
                 raise BridgeError(f"bridge {bridge.name}: its DHCP server needs dnsmasq: "
                                   "apt install dnsmasq-base")
-            router = "" if bridge.dhcp.get("router", True) else "dhcp-option=option:router\n"
+            router = "" if bridge.dhcp.get("router") else "dhcp-option=option:router\n"
             dns = ",".join(bridge.dhcp.get("dns") or [])
             found[f"/etc/detour-tools/bridge-{bridge.name}.dnsmasq"] = (
                 "# Made by detour-tools (role bridge).\n"
                 f"interface={bridge.name}\nbind-dynamic\nport=0\nexcept-interface=lo\n"
                 f"dhcp-range={bridge.first},{bridge.last},{bridge.dhcp.get('lease') or 3600}\n"
                 f"{router}dhcp-option=option:dns-server{',' + dns if dns else ''}\n"
-                f"dhcp-leasefile=/run/detour-bridge-{bridge.name}.leases\n", 0o644)
+                f"dhcp-leasefile=/run/detour-bridge-{bridge.name}/leases\n", 0o644)
             found[f"/etc/systemd/system/detour-bridge-dhcp-{bridge.name}.service"] = (
-                "# Made by detour-tools (role bridge).\n"
-                f"[Unit]\nDescription=DHCP server of the bridge {bridge.name}\n"
-                "After=network.target\n\n"
-                "[Service]\n"
-                f"ExecStart=/usr/sbin/dnsmasq -k -C /etc/detour-tools/bridge-{bridge.name}.dnsmasq "
-                f"--pid-file\nRestart=on-failure\nRestartSec=2\n\n"
-                "[Install]\nWantedBy=multi-user.target\n", 0o644)
+                _DHCP_UNIT.format(name=bridge.name, capabilities=_DHCP_CAPABILITIES), 0o644)
         return found
 
     patterns = ("/etc/detour-tools/bridge-*.dnsmasq",
@@ -390,7 +440,8 @@ class DhcpByDnsmasq:
         """Start those that there are."""
         return ["rmdir /etc/detour-tools 2>/dev/null || true", "systemctl daemon-reload"] + [
             f"if [ -e /etc/systemd/system/detour-bridge-dhcp-{name}.service ]; then "
-            f"systemctl enable -q --now detour-bridge-dhcp-{name}; fi" for name in sorted(bridges)]
+            f"systemctl enable -q --now detour-bridge-dhcp-{name}; "
+            f"else rm -rf /run/detour-bridge-{name}; fi" for name in sorted(bridges)]
 
 
 class Ifupdown(Manager):
@@ -468,8 +519,13 @@ class Ifupdown(Manager):
                     lines.append(" ".join(["iface", name, *words[2:]]))
                     lines += make
                     make = []
+                elif re.search(r"\b(ethtool|ip link)\b", line):
+                    lines.append(line)  # the port's own affair
                 else:
-                    lines.append(line)
+                    space, option, rest = line.partition(words[0])
+                    # Not those of its VLANs, as in 'dev eth0.10'.
+                    lines.append(space + option + re.sub(
+                        rf"(?<![\w-]){re.escape(bridge.mac_from)}(?![\w-]|\.\d)", name, rest))
         elif bridge.by_dhcp:
             lines += [f"iface {name} inet dhcp", *make]
         elif bridge.address:
@@ -494,7 +550,7 @@ class Ifupdown(Manager):
     def up(self, bridges: set[str], ports: set[str], gone: set[str]) -> list[str]:
         """Bring up what the new stanzas say."""
         return delete(gone) + [
-            f"if ifquery {name} >/dev/null 2>&1; then ifup {name} || true; fi"
+            f"if ifquery {name} >/dev/null 2>&1; then ifup {name} || echo {name} >{WORK}/failed; fi"
             for name in (*sorted(bridges), *sorted(ports))] + DhcpByDnsmasq.up(bridges)
 
 
@@ -702,46 +758,82 @@ class QemuAcl:
                 QEMU_ACL.parent.rmdir()
 
 
-def script(commands: list[str], remove: list[str], source: Path, files: Files, after: list[str],
-           marker: Path) -> str:
-    """A shell script that goes from one set of files to another."""
-    lines = ["#!/bin/sh", *commands, *(f"rm -f {shlex.quote(path)}" for path in remove)]
-    for number, (path, (_, mode)) in enumerate(files.items()):
-        lines.append(f"install -D -m {mode:o} {source}/{number} {shlex.quote(path)}")
-    return "\n".join([*lines, *after, f"touch {marker}", ""])
+def bridges_of(files: Files) -> dict[str, set[str]]:
+    """The bridges that files are for, and which of the host's interfaces are ports of each."""
+    found: dict[str, set[str]] = {}
+    for path, (text, _) in files.items():
+        match = re.search(
+            r"/(?:05-detour-|detour-bridge-dhcp-|detour-|bridge-)([A-Za-z0-9_.-]+?)(?:-port-(.*))?"
+            r"\.(?:netdev|link|network|nmconnection|dnsmasq|service)$", path)
+        if match:
+            found.setdefault(match[1], set()).update([match[2]] if match[2] else [])
+        elif path == Ifupdown.own:
+            for name in re.findall(r"^auto (\S+)$", text, re.MULTILINE):
+                found[name] = set(re.findall(
+                    rf"^    pre-up ip link set (\S+) master {re.escape(name)} up$", text,
+                    re.MULTILINE))
+    return found
+
+
+def script(manager: Manager, befores: tuple[Files, ...], after: Files, undone: set[str],
+           source: str, marker: str) -> str:
+    """A shell script that goes from any of some sets of files to one that is kept in a folder."""
+    different = {path: each for before in befores
+                 for path, each in before.items() ^ after.items()}
+    known = [bridges_of(each) for each in (*befores, after)]
+    names = {name for each in known for name in each}
+    there = known[-1].keys()
+    # Without its .network a bridge is another; with it, networkd changes the one that is there.
+    anew = undone | bridges_of({path: each for path, each in different.items()
+                                if "-port-" in path or not path.endswith(".network")}).keys()
+    if isinstance(manager, Ifupdown):  # all in one file
+        anew = names
+    changed = bridges_of(different).keys() - anew
+    ports = {port for each in known for name in anew for port in each.get(name, ())}
+    # Noted in a file: the other script may have to attach them.
+    lines = ["#!/bin/sh", *(f"ls {SYS}/{name}/brif 2>/dev/null >>{WORK}/carried-{name}"
+                            for name in sorted(anew))]
+    lines += manager.down(anew, ports)
+    lines += [f"rm -f {shlex.quote(path)}" for path in sorted(
+        {path for before in befores for path in before} - after.keys())]
+    lines += [f"install -D -m {mode:o} {WORK}/{source}/{number} {shlex.quote(path)}"
+              for number, (path, (_, mode)) in enumerate(after.items())]
+    lines += manager.up(anew, ports | changed, names - there)
+    lines += [attach(name, ports) for name in sorted(anew & there)]
+    return "\n".join([*lines, f"touch {WORK}/{marker}", ""])
+
+
+def attach(bridge: str, ports: set[str]) -> str:
+    """Shell commands that put into a bridge what it carried, virtual machines, but for ports."""
+    return f"""for guest in $(sort -u {WORK}/carried-{bridge}); do
+    case $guest in {'|'.join(['lo', *sorted(ports)])}) continue;; esac
+    tries=0  # the bridge comes when its manager has made it
+    until [ ! -e {SYS}/$guest ] || [ -e {SYS}/$guest/master ] || [ $tries = 50 ] ||
+          ip link set $guest master {bridge}; do tries=$((tries + 1)); sleep 0.2; done
+done"""
 
 
 def change(manager: Manager, old: Files, new: Files, bridges: list[Bridge], rollback: int) -> None:
     """Start the timer, then the change, and wait for it. All by files, so that it outlives us."""
-    shutil.rmtree(WORK, ignore_errors=True)
-    for folder, files in (("old", old), ("new", new)):
-        (WORK / folder).mkdir(parents=True, mode=0o700)
+    # After a change that nobody has confirmed, what stood before that one is the way back.
+    kept = text_of(WORK / "old" / "files")
+    first: Files = {path: (text, mode) for path, (text, mode) in json.loads(kept).items()} if (
+        kept) else old
+    undone = {bridge.name for bridge in bridges if bridge.done()}
+    start_timer(rollback)
+    for marker in ("applied", "failed"):
+        (WORK / marker).unlink(missing_ok=True)
+    for folder, files in (("old", first), ("new", new)):
+        (WORK / folder).mkdir(parents=True, exist_ok=True, mode=0o700)
         for number, (text, _) in enumerate(files.values()):
             (WORK / folder / str(number)).write_text(text, encoding="utf-8")
-    # Those whose files differ, and those that are not as they should be.
-    before, after = names_of(old), names_of(new)
-    touched = {name for name in before.keys() | after.keys()
-               if {path: old[path] for path in old if path in before.get(name, ())}
-               != {path: new[path] for path in new if path in after.get(name, ())}}
-    touched |= {bridge.name for bridge in bridges if bridge.done()}
-    if isinstance(manager, Ifupdown):  # all in one file
-        touched |= before.keys() | after.keys()
-    ports = {port for bridge in bridges if bridge.name in touched for port in bridge.ports}
-    ports |= {port.name for name in touched for port in (SYS / name / "brif").glob("*")
-              if not re.match(r"(tap|vnet|veth[0-9a-f]|macvtap)", port.name)}
-    gone = before.keys() - after.keys()
-    (WORK / "apply").write_text(script(
-        manager.down(touched, ports), [path for path in old if path not in new], WORK / "new", new,
-        manager.up(touched, ports, gone), WORK / "applied"), encoding="utf-8")
-    (WORK / "rollback").write_text(script(
-        [f"systemctl stop {APPLY}.service 2>/dev/null", *manager.down(touched, ports)],
-        [path for path in new if path not in old], WORK / "old", old,
-        manager.up(touched, ports, after.keys() - before.keys()), WORK / "rolled-back"),
-        encoding="utf-8")
-    for unit in (f"{ROLLBACK}.timer", f"{ROLLBACK}.service", f"{APPLY}.service"):
-        run("systemctl", "stop", unit, check=False)
-        run("systemctl", "reset-failed", unit, check=False)
-    start_timer(rollback)
+    (WORK / "old" / "files").write_text(json.dumps(first), encoding="utf-8")
+    back = script(manager, (new, old), first, undone, "old", "rolled-back")
+    (WORK / "rollback").write_text(
+        f"systemctl stop {APPLY}.service 2>/dev/null\n{back}", encoding="utf-8")
+    (WORK / "apply").write_text(
+        script(manager, (old,), new, undone, "new", "applied"), encoding="utf-8")
+    os.sync()  # of no use if a power cut loses it
     run("systemd-run", "-q", f"--unit={APPLY}", "--collect", "/bin/sh", str(WORK / "apply"))
     wait_for(WORK / "applied", 60)
 
@@ -756,20 +848,8 @@ def start_timer(seconds: int) -> None:
         f"{what}\n[Timer]\nOnActiveSec={seconds}\nAccuracySec=1s\n\n"
         "[Install]\nWantedBy=timers.target\n", encoding="utf-8")
     run("systemctl", "daemon-reload")
+    run("systemctl", "stop", f"{ROLLBACK}.timer", check=False)  # it may run already
     run("systemctl", "enable", "-q", "--now", f"{ROLLBACK}.timer")
-    os.sync()  # of no use if a power cut loses it
-
-
-def names_of(files: Files) -> dict[str, set[str]]:
-    """The bridges that files are for, by their names."""
-    found: dict[str, set[str]] = {}
-    for path, (text, _) in files.items():
-        match = re.search(r"/(?:05-detour-|detour-|bridge-)([A-Za-z0-9_.-]+?)(?:-port-.*)?"
-                          r"\.(?:netdev|link|network|nmconnection|dnsmasq)$", path)
-        for name in [match[1]] if match else re.findall(r"^auto (\S+)$", text, re.MULTILINE) if (
-                path == Ifupdown.own) else []:
-            found.setdefault(name, set()).add(path)
-    return found
 
 
 def wait_for(path: Path, seconds: float) -> bool:
@@ -796,7 +876,10 @@ def confirm(bridges: list[Bridge], seconds: float) -> None:
     missing = "the change is still going on"
     # Only what we came to after the change shows that the way is there.
     if (WORK / "applied").exists():
-        while missing := next((each for bridge in bridges if (each := bridge.done())), ""):
+        failed = (text_of(WORK / "failed") or "").strip()
+        missing = f"'ifup {failed}' failed: 'journalctl -u {APPLY}' says why" if failed else ""
+        while not failed and (missing := next(
+                (each for bridge in bridges if (each := bridge.done())), "")):
             if time.monotonic() > end:
                 break
             time.sleep(0.5)
@@ -842,8 +925,12 @@ def main() -> None:
             raise BridgeError("Docker filters bridged frames on this host: set bridge_unfiltered "
                               "to false")
         acl = QemuAcl(bridges, module.params["qemu_acl"], module.params["qemu_helper_setuid"])
-        if (WORK / "rolled-back").exists() and not module.check_mode:
-            clean()  # nobody came back then
+        if not module.check_mode:
+            for unit, marker in ((APPLY, "applied"), (ROLLBACK, "rolled-back")):
+                if active(f"{unit}.service"):
+                    wait_for(WORK / marker, 60)
+            if (WORK / "rolled-back").exists():
+                clean()  # nobody came back then
         old: Files = {}
         new: Files = {}
         applied = False
@@ -855,6 +942,11 @@ def main() -> None:
             applied = old != new or any(bridge.done() for bridge in bridges)
             if applied and not module.check_mode:
                 change(manager, old, new, bridges, module.params["rollback"])
+        if not applied and (WORK / "apply").exists():
+            # It is as it should be, but nobody has confirmed it.
+            applied = True
+            if not module.check_mode:
+                start_timer(module.params["rollback"])
         if acl.before != acl.after:
             if not module.check_mode:
                 acl.write()
