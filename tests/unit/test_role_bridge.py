@@ -307,3 +307,8 @@ def test_what_ifupdown_could_not_bring_up_is_not_confirmed(bridges: ModuleType) 
     with pytest.raises(bridges.BridgeError, match="'ifup br1' failed"):
         bridges.confirm([bridges.Bridge({"name": "br1"})], 30)
     assert (bridges.WORK / "apply").exists()
+    # But a port's own stanza may have been as wrong before.
+    bridge, port = (line for line in bridges.Ifupdown().up({"br1"}, {"ens3"}, set())
+                    if "ifup " in line)
+    assert f"ifup br1 || echo br1 >{bridges.WORK}/failed" in bridge
+    assert "ifup ens3 || true" in port

@@ -549,8 +549,10 @@ class Ifupdown(Manager):
 
     def up(self, bridges: set[str], ports: set[str], gone: set[str]) -> list[str]:
         """Bring up what the new stanzas say."""
+        # A port's stanza is the host's own; a bridge's has to work to be confirmed.
         return delete(gone) + [
-            f"if ifquery {name} >/dev/null 2>&1; then ifup {name} || echo {name} >{WORK}/failed; fi"
+            f"if ifquery {name} >/dev/null 2>&1; then ifup {name} || "
+            f"{f'echo {name} >{WORK}/failed' if name in bridges else 'true'}; fi"
             for name in (*sorted(bridges), *sorted(ports))] + DhcpByDnsmasq.up(bridges)
 
 
