@@ -108,13 +108,16 @@ def test_what_the_running_server_has_borrowed_waits_for_it(
 
 _FIREWALL = "detour_server/library/detour_firewall.py"
 
-_CHAIN = """table inet filter {{
+_TABLE = """table inet {name} {{
+    set blocked {{ type ipv4_addr; elements = {{ 192.0.2.1 }}; }}
+    chain refuse {{ tcp dport 22 accept; return; }}
+    chain refuse_all {{ jump refuse; drop; }}
+    chain let_in {{ udp dport 45672 accept; }}
     chain input {{ type filter hook input priority filter; policy {policy}; {rules} }}
-    chain forward {{ type filter hook forward priority filter; policy drop; }}
 }}"""
 
-
-@pytest.mark.parametrize(("policy", "rules", "opened"), [
+# Policy and rules of a chain, and whether it drops what some client asks.
+_INPUT = (
     ("accept", "", False),
     ("drop", "", True),
     ("drop", "ct state established accept; tcp dport 22 accept;", True),
@@ -124,26 +127,68 @@ _CHAIN = """table inet filter {{
     ("drop", "udp dport { 53, 45672 } accept;", False),
     ("drop", "udp dport 4567 accept;", True),
     ("accept", "reject with icmpx admin-prohibited;", True),
-])
-def test_the_port_is_opened_where_the_host_drops(
-        host: Host, module: Module, policy: str, rules: str, opened: bool) -> None:
-    host.run(["nft", "-f", "-"], input=_CHAIN.format(policy=policy, rules=rules))
+    # All clients must come in, whoever else may.
+    ("drop", "ip saddr 198.51.100.5 udp dport 45672 accept;", True),
+    ("drop", "ip saddr 203.0.113.0/24 udp dport 45672 accept;", True),
+    ("drop", "ip saddr { 203.0.113.0/24, 192.0.2.0-192.0.2.9 } udp dport 45000-46000 accept;",
+     False),
+    ("accept", "ip saddr 192.0.2.0/24 drop;", True),
+    ("accept", "ip saddr @blocked drop;", False),
+    # Conditions, known or not.
+    ("accept", "meta l4proto udp drop;", True),
+    ("accept", "meta l4proto != { tcp, icmp } drop;", True),
+    ("accept", "iif != lo udp dport != { 53, 45672 } drop;", False),
+    ("accept", "iifname != eth9 drop;", False),
+    ("accept", "ct state new drop;", True),
+    ("drop", "udp dport 45672 limit rate 1/second accept;", True),
+    # Other chains.
+    ("accept", "jump refuse_all;", True),
+    ("accept", "tcp dport 22 jump refuse_all;", False),
+    ("accept", "jump refuse; jump let_in; jump refuse_all;", False),
+    ("drop", "goto refuse; accept;", True),
+    ("accept", "ct state vmap { established : accept, new : goto refuse_all };", True),
+)
+
+
+def test_the_port_is_opened_where_the_host_drops(host: Host, module: Module) -> None:
+    host.run(["nft", "-f", "-"], input="\n".join(
+        _TABLE.format(name=f"case{number}", policy=policy, rules=rules)
+        for number, (policy, rules, _) in enumerate(_INPUT)))
     done = module(_FIREWALL, check=True, kind="nftables", port=45672,
                   sources=["203.0.113.0/24", "203.0.113.7", "192.0.2.1"])
-    assert done["changed"] == opened, done
-    if opened:
-        assert "+['inet filter input', 'ip saddr { 192.0.2.1/32, 203.0.113.0/24 }" in done["diff"]
+    assert done["changed"], done
+    opened = [f"+['inet case{number} input', 'ip saddr {{ 192.0.2.1/32, 203.0.113.0/24 }} "
+              in done["diff"] for number in range(len(_INPUT))]
+    assert [(*case[:2], found) for case, found in zip(_INPUT, opened, strict=True)] == list(_INPUT)
 
 
-def test_iptables_is_left_to_its_owner(host: Host, module: Module) -> None:
-    host.run(["nft", "add table ip filter; add chain ip filter INPUT "
-              "{ type filter hook input priority filter; policy drop; }"])
+@pytest.mark.parametrize("tool", ["iptables-nft", "iptables-legacy"])
+@pytest.mark.parametrize(("policy", "rules", "drops"), [
+    ("DROP", ["INPUT -s 198.51.100.1 -p udp -j ACCEPT", "INPUT -p udp --dport 53 -j ACCEPT",
+              "INPUT -p udp -m limit --limit 1/s -j ACCEPT", "INPUT ! -p udp -j ACCEPT",
+              "INPUT -m state --state ESTABLISHED -j ACCEPT"], True),
+    ("ACCEPT", ["INPUT -m conntrack --ctstate NEW -j other", "other -j REJECT"], True),
+    ("DROP", ["INPUT -p tcp -j DROP", "INPUT ! -p udp -j DROP", "INPUT -i eth9 -j DROP",
+              "INPUT ! -s 192.0.2.0/24 -j DROP", "INPUT -m conntrack --ctstate NEW -g other",
+              'other -p udp -m comment --comment "for us" -m multiport --dports 53,45000:46000 '
+              "-j ACCEPT"], False),
+])
+def test_iptables_is_left_to_its_owner(
+        host: Host, module: Module, tool: str, policy: str, rules: list[str],
+        drops: bool) -> None:
+    lines = [f":INPUT {policy}", ":other -", *(f"-A {rule}" for rule in rules)]
+    host.run([f"{tool}-restore"], input="\n".join(["*filter", *lines, "COMMIT", ""]))
     done = module(_FIREWALL, check=True, kind="nftables", port=45672, sources=["192.0.2.1"])
-    assert "iptables -I INPUT -p udp --dport 45672 -s 192.0.2.1/32 -j ACCEPT" in done["msg"]
+    assert not done["changed"]
+    assert (f"run '{tool} -I INPUT -p udp --dport 45672 -s 192.0.2.1/32 -j ACCEPT'"
+            in done.get("msg", "")) == drops, done
 
 
 # The forward chains
 
+_FORWARD_CHAIN = """table inet filter {
+    chain forward { type filter hook forward priority filter; policy drop; }
+}"""
 _OPEN = ["python3", _ROLES / "ip_forward/files/detour-forward"]
 
 
@@ -153,7 +198,7 @@ _OPEN = ["python3", _ROLES / "ip_forward/files/detour-forward"]
 ])
 def test_mapped_flows_may_pass_and_the_way_back(
         host: Host, drop: list[str], show: list[str]) -> None:
-    host.run(drop, input=_CHAIN.format(policy="accept", rules="") if drop[0] == "nft" else
+    host.run(drop, input=_FORWARD_CHAIN if drop[0] == "nft" else
              "*filter\n:FORWARD ACCEPT\n-A FORWARD -i eth9 -j DROP\n-A FORWARD -j REJECT\nCOMMIT\n")
     before = host.run(show).stdout
     said = host.run([*_OPEN, "check"]).stdout
