@@ -204,6 +204,18 @@ def test_networkd_gets_what_the_uplink_had(bridges: ModuleType, networkd: _Files
     assert f"MACAddress={_MAC}\n" in files["/etc/systemd/network/05-detour-br0.netdev"][0]
 
 
+def test_a_port_has_nothing_to_take_over(
+        bridges: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/etc/systemd/network/05-detour-br0-port-ens3.network"
+    profile = "/etc/NetworkManager/system-connections/detour-br0-port-ens3.nmconnection"
+    _answer(monkeypatch, bridges, {
+        "networkctl status": f" Network File: {path}\n", "nmcli -g": "1-2\n",
+        "nmcli -t -f UUID": f"3-4:/run/other\n1-2:{profile}\n"})
+    for manager in bridges.Networkd(), bridges.NetworkManager():
+        with pytest.raises(bridges.BridgeError, match="ens3 is its port already"):
+            manager.files([bridges.Bridge(_UPLINK)])
+
+
 def test_only_a_bridge_that_must_be_another_is_made_anew(
         bridges: ModuleType, networkd: _Files) -> None:
     def script(before: dict[str, Any], after: dict[str, Any], *undone: str) -> str:

@@ -238,6 +238,13 @@ class Manager(ABC):
         return any(text for path, (text, _) in self.ours().items()
                    if not any(fnmatch.fnmatchcase(path, each) for each in DhcpByDnsmasq.patterns))
 
+    def check_source(self, bridge: Bridge, path: str) -> None:
+        """Refuse to take over from a file of ours; raises BridgeError."""
+        if fnmatch.fnmatchcase(path, self.patterns[0]):
+            raise BridgeError(f"bridge {bridge.name}: {bridge.mac_from} is its port already, and "
+                              "has nothing left to take over: take the bridge away first "
+                              "(bridge_state: absent), or give an address")
+
     @abstractmethod
     def files(self, bridges: list[Bridge]) -> Files:
         """The files that are to be there; raises BridgeError."""
@@ -296,6 +303,7 @@ class Networkd(Manager):
                 raise BridgeError(f"bridge {bridge.name}: systemd-networkd has no configuration of "
                                   f"{bridge.mac_from} to take over: give an address")
             source = match[1]
+            self.check_source(bridge, source)
             # By it a DHCP server knows who asks; networkd makes it from the interface.
             match = re.search(r"DHCP4 Client ID: IAID:(0x[0-9a-f]+)/", shown)
             number = str(int(match[1], 16)) if match else ""
@@ -618,6 +626,7 @@ class NetworkManager(Manager):
                 number, _, name = line.partition(":")
                 if number == current.strip():
                     source = name.replace("\\:", ":")
+            self.check_source(bridge, source)
         text = text_of(source) if source else None
         if text is None:
             if before:
