@@ -132,6 +132,7 @@ _INPUT = (
     ("drop", "ip saddr 203.0.113.0/24 udp dport 45672 accept;", True),
     ("drop", "ip saddr { 203.0.113.0/24, 192.0.2.0-192.0.2.9 } udp dport 45000-46000 accept;",
      False),
+    ("drop", "ip saddr { 203.0.113.0/28, 192.0.2.1 } udp dport 45672 accept;", True),
     ("accept", "ip saddr 192.0.2.0/24 drop;", True),
     ("accept", "ip saddr @blocked drop;", False),
     # Conditions, known or not.
@@ -139,6 +140,7 @@ _INPUT = (
     ("accept", "meta l4proto != { tcp, icmp } drop;", True),
     ("accept", "iif != lo udp dport != { 53, 45672 } drop;", False),
     ("accept", "iifname != eth9 drop;", False),
+    ("accept", "iif != lo drop;", True),
     ("accept", "ct state new drop;", True),
     ("drop", "udp dport 45672 limit rate 1/second accept;", True),
     # Other chains.
@@ -166,8 +168,10 @@ def test_the_port_is_opened_where_the_host_drops(host: Host, module: Module) -> 
 @pytest.mark.parametrize(("policy", "rules", "drops"), [
     ("DROP", ["INPUT -s 198.51.100.1 -p udp -j ACCEPT", "INPUT -p udp --dport 53 -j ACCEPT",
               "INPUT -p udp -m limit --limit 1/s -j ACCEPT", "INPUT ! -p udp -j ACCEPT",
-              "INPUT -m state --state ESTABLISHED -j ACCEPT"], True),
-    ("ACCEPT", ["INPUT -m conntrack --ctstate NEW -j other", "other -j REJECT"], True),
+              "INPUT -m state --state ESTABLISHED -j ACCEPT", "INPUT -g other",
+              "INPUT -j ACCEPT"], True),
+    ("ACCEPT", ["INPUT -m conntrack --ctstate NEW -j other", "other -p tcp -j ACCEPT",
+                "INPUT -j REJECT"], True),
     ("DROP", ["INPUT -p tcp -j DROP", "INPUT ! -p udp -j DROP", "INPUT -i eth9 -j DROP",
               "INPUT ! -s 192.0.2.0/24 -j DROP", "INPUT -m conntrack --ctstate NEW -g other",
               'other -p udp -m comment --comment "for us" -m multiport --dports 53,45000:46000 '
