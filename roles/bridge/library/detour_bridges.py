@@ -794,7 +794,7 @@ def script(manager: Manager, befores: tuple[Files, ...], after: Files, undone: s
     known = [bridges_of(each) for each in (*befores, after)]
     names = {name for each in known for name in each}
     there = known[-1].keys()
-    # Without its .network a bridge is another; with it, networkd changes the one that is there.
+    # With another .network networkd changes the bridge that is there; all else needs a new one.
     anew = undone | bridges_of({path: each for path, each in different.items()
                                 if "-port-" in path or not path.endswith(".network")}).keys()
     if isinstance(manager, Ifupdown):  # all in one file
@@ -826,8 +826,10 @@ done"""
 
 def change(manager: Manager, old: Files, new: Files, bridges: list[Bridge], rollback: int) -> None:
     """Start the timer, then the change, and wait for it. All by files, so that it outlives us."""
+    for unit in (APPLY, ROLLBACK):  # stuck, or main would have seen them end
+        run("systemctl", "stop", f"{unit}.service", check=False)
     # After a change that nobody has confirmed, what stood before that one is the way back.
-    kept = text_of(WORK / "old" / "files")
+    kept = text_of(WORK / "old" / "files") if (WORK / "apply").exists() else None
     first: Files = {path: (text, mode) for path, (text, mode) in json.loads(kept).items()} if (
         kept) else old
     undone = {bridge.name for bridge in bridges if bridge.done()}
