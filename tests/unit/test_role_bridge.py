@@ -270,6 +270,9 @@ def test_what_nobody_confirmed_does_not_become_the_way_back(
     first = networkd(_VMS, {"name": "br1", "address": ["10.1.0.1/24"]})
     second = networkd(_VMS | {"address": ["10.77.0.2/24"]})
 
+    # Of a run that was killed before it changed anything.
+    (bridges.WORK / "old").mkdir()
+    (bridges.WORK / "old" / "files").write_text("{}")
     bridges.change(bridges.Networkd(), original, first, [], 120)
     bridges.change(bridges.Networkd(), first, second, [], 120)
 
