@@ -70,6 +70,23 @@ def test_long_lists_are_whole(lab, serve, backend):
     assert detour.run(["detour-server", "list"]).stdout == "no mappings\n"
 
 
+def test_a_mapping_with_a_flow_is_not_unused(lab, serve):
+    serve()
+    detour = lab.host("detour")
+    asker = Asker(lab.host("client"), detour.address)
+    WhoAmI(lab.host("server"), 80)
+    flow = Flow(lab.host("client"), detour.address, asker.ask("10.0.3.2:80", 80))
+    asker.ask("10.0.3.3:80", 81)
+
+    def unused() -> dict[str, float]:
+        listed = json.loads(detour.run(["detour-server", "list", "--json"]).stdout)["mappings"]
+        return {each["remote"]: each["unused_s"] for each in listed}
+
+    asking.in_time("the other is unused", (unused()["10.0.3.3:80"] > 1 for _ in range(999)))
+    assert unused()["10.0.3.2:80"] < 0.5
+    assert flow.echo()
+
+
 def test_status_for_people_and_programs(lab, start_server):
     detour = lab.host("detour")
     start_server(detour, *PRIVATE, "--rate", "7")

@@ -156,21 +156,22 @@ class Server:
         if not idle:
             return
         used_at = {entry.serial: entry.last_used for entry in idle}
-        live = await self._keeper.live()
-        now = time.monotonic()
-        silent = []
-        for entry in idle:
-            if not table.holds(entry):
-                continue
-            if entry.mapping in live:
-                table.touch(entry, now)
-            else:
-                silent.append(entry)
+        await self._note_flows()
         removed = await self._keeper.remove(
-            silent, lambda entry: entry.last_used == used_at[entry.serial])
+            idle, lambda entry: entry.last_used == used_at[entry.serial])
         if removed:
             self._expired += len(removed)
             log.info("removed %d idle mappings", len(removed))
+
+    async def _note_flows(self) -> None:
+        """Note which mappings have flows, as used now. Raises OSError."""
+        live = await self._keeper.live()
+        now = time.monotonic()
+        table = self._keeper.table
+        for mapping in live:
+            entry = table.find(mapping.client, mapping.remote)
+            if entry is not None and entry.mapping == mapping:
+                table.touch(entry, now)
 
     def _see_addresses(self) -> bool:
         """Look which addresses are the detour's own; whether others than before."""
@@ -253,6 +254,9 @@ class Server:
         after = request.get("after", 0)
         if not isinstance(after, int):
             raise UserError("'after' must be a number")
+        if after == 0:
+            with contextlib.suppress(OSError):  # it is as it was at the last sweep then
+                await self._note_flows()
         now = time.monotonic()
         page = list(islice(self._keeper.table.entries(after), _PAGE))
         return {
