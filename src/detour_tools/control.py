@@ -25,6 +25,7 @@ Handler = Callable[[dict[str, Any]], Awaitable[Any]]
 
 _LINE_LIMIT = 64 * 1024
 _IDLE_SECONDS = 10.0
+_UNITS = Path("/etc/systemd/system")
 
 
 def socket_path(program: str) -> Path:
@@ -96,6 +97,12 @@ class ControlServer:
             return {"error": str(error)}
 
 
+def _how_to_start(program: str) -> str:
+    if (_UNITS / f"{program}.service").exists():  # as the Ansible roles make it
+        return f"systemctl start {program}; journalctl -u {program} tells why it ended"
+    return "start it first"
+
+
 def call(program: str, command: str, **arguments: Any) -> Any:
     """Ask the ``program`` running in this network namespace; returns its result.
 
@@ -108,7 +115,7 @@ def call(program: str, command: str, **arguments: Any) -> Any:
             connection.connect(str(path))
         except (FileNotFoundError, ConnectionRefusedError):
             raise UserError(f"no {program} runs in this network namespace",
-                            "start it first") from None
+                            _how_to_start(program)) from None
         except PermissionError:
             raise UserError(f"may not speak to {program}",
                             "run it as root or as a member of its control group") from None

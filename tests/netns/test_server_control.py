@@ -8,6 +8,7 @@ import stat
 import pytest
 
 from detour_tools import control
+from detour_tools.errors import UserError
 from detour_tools.lab import namespaces
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
@@ -68,6 +69,15 @@ def test_long_lists_are_whole(lab, serve, backend):
     assert json.loads(detour.run(["detour-server", "flush", "--json"]).stdout) == {"flushed": 2600}
     assert kernel_mappings(detour, backend) == []
     assert detour.run(["detour-server", "list"]).stdout == "no mappings\n"
+
+
+def test_a_unit_that_ended_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(control, "_UNITS", tmp_path)
+    (tmp_path / "nobody.service").touch()
+    with pytest.raises(UserError, match="no nobody runs") as raised:
+        control.call("nobody", "status")
+    assert raised.value.hint == (
+        "systemctl start nobody; journalctl -u nobody tells why it ended")
 
 
 def test_a_mapping_with_a_flow_is_not_unused(lab, serve):

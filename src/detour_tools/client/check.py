@@ -61,7 +61,7 @@ def check_host(detours: tuple[str, ...], remote: Endpoint | None) -> Iterator[Fi
         detours = detours or tuple(f"{each['address']}:{each['port']}"
                                    for each in status["detours"])
     except UserError as error:
-        yield Finding("daemon", False, error.message, "detour-client daemon DETOUR", needed=False)
+        yield Finding("daemon", False, error.message, error.hint, needed=False)
     if not detours:
         yield Finding("detour", False, "none given, so none asked",
                       "detour-client check DETOUR", needed=False)
