@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Final
 
 from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.errors import UserError
-from detour_tools.lab import namespaces, vm
+from detour_tools.lab import namespaces, trace, vm
 from detour_tools.lab.captures import Capture, segments
 from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Host, Lab, environment, need_root
@@ -194,9 +193,9 @@ class _Walk:
         options = ["--path-manager", self._manager]
         if self._manager == "kernel":
             options.append("--upgrade-tcp")
-            trace = "file net/mptcp/pm_detour.c +p"
-            self._story.line("client", f"$ echo '{trace}' >/proc/dynamic_debug/control")
-            client.run(["sh", "-c", 'echo "$1" >/proc/dynamic_debug/control', "sh", trace])
+            tracing = "file net/mptcp/pm_detour.c +p"
+            self._story.line("client", f"$ echo '{tracing}' >/proc/dynamic_debug/control")
+            client.run(["sh", "-c", 'echo "$1" >/proc/dynamic_debug/control', "sh", tracing])
         daemon = self._story.follow(client, ["detour-client", "daemon", *options, "detour"])
         try:
             daemon.wait_until(lambda: client.run(
@@ -244,21 +243,9 @@ class _Walk:
 
     def _check_trace(self, log: Sequence[str]) -> None:
         """The kernel's trace, in its order and with the right port."""
-        remote = re.escape(str(self._remote))
-        worker = r"detour create_subflow_worker\(\) "
-        matching = f"Finding matching detour for {remote}$"
-        wanted = [worker + "begins", r"request_detour\(\)", matching, worker + "ends",
-                  "Adding a detour to the entry list", worker + "begins", matching,
-                  rf"Checking detour={re.escape(str(self._detour.address))}:\d+ remote={remote}$",
-                  r"yes$", worker + "ends"]
-        position = 0
-        for pattern in wanted:
-            found = next((number for number in range(position, len(log))
-                          if re.search(pattern, log[number])), None)
-            self._check(found is not None, "in the kernel's log: " + (
-                log[found] if found is not None else pattern.replace("\\", "")))
-            if found is not None:
-                position = found + 1
+        for pattern, line in trace.look(log, self._remote, self._detour.address):
+            self._check(line is not None,
+                        f"in the kernel's log: {line or pattern.replace(chr(92), '')}")
 
     def _check_subflows(self, shown: Sequence[str]) -> None:
         peers = set()
