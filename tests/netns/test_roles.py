@@ -166,7 +166,8 @@ def test_the_port_is_opened_where_the_host_drops(host: Host, module: Module) -> 
 
 @pytest.mark.parametrize("tool", ["iptables-nft", "iptables-legacy"])
 @pytest.mark.parametrize(("policy", "rules", "drops"), [
-    ("DROP", ["INPUT -s 198.51.100.1 -p udp -j ACCEPT", "INPUT -p udp --dport 53 -j ACCEPT",
+    ("DROP", ["INPUT",
+              "INPUT -s 198.51.100.1 -p udp -j ACCEPT", "INPUT -p udp --dport 53 -j ACCEPT",
               "INPUT -p udp -m limit --limit 1/s -j ACCEPT", "INPUT ! -p udp -j ACCEPT",
               "INPUT -m state --state ESTABLISHED -j ACCEPT", "INPUT -g other",
               "INPUT -j ACCEPT"], True),
@@ -212,5 +213,8 @@ def test_mapped_flows_may_pass_and_the_way_back(
     assert host.run(show).stdout.count("detour-tools: mapped flows") == 1
     assert host.run([*_OPEN, "open"]).stdout == ""
 
+    if drop[0] == "iptables-legacy-restore":  # as another release may have put it
+        host.run(["iptables-legacy", "-I", "FORWARD", "-m", "conntrack", "--ctstate", "DNAT", "-m",
+                  "comment", "--comment", "detour-tools: mapped flows", "-j", "ACCEPT"])
     host.run([*_OPEN, "close"])
     assert host.run(show).stdout == before

@@ -127,7 +127,7 @@ FORWARD = Path(__file__).parents[2] / "roles/ip_forward/files/detour-forward"
 # What stands in the forward chain, a way to name it, and whether a flow comes through.
 FIREWALLS = {
     "nft policy": (["nft", "-f", "-"], """table inet fw {
-        chain through { type filter hook forward priority 0; policy drop; }
+        chain through { type filter hook forward priority mangle; policy drop; }
     }""", "chain inet fw through has policy drop"),
     "nft rule": (["nft", "-f", "-"], """table ip fw {
         chain through { type filter hook forward priority 0; policy accept;

@@ -284,6 +284,29 @@ def test_what_nobody_confirmed_does_not_become_the_way_back(
             path: text for path, (text, _) in original.items()}
 
 
+def test_the_way_back_has_the_hosts_own_files_of_every_change(
+        bridges: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ifupdown: a change nobody confirmed left /etc/network/interfaces alone, this one does not."""
+    monkeypatch.setattr(bridges, "UNITS", tmp_path)
+    monkeypatch.setattr(bridges, "wait_for", lambda *_: True)
+    manager = bridges.Ifupdown()
+    hosts, own = "/etc/network/interfaces", manager.own
+    plain = (_STANZA, 0o644)
+    first = {own: ("auto br-vm\n", 0o644)}
+    second = {own: ("auto br-vm\nauto br0\n", 0o644),
+              hosts: (bridges.comment_out(_STANZA, {"ens3"})[0], 0o644)}
+
+    bridges.change(manager, {}, first, [], 120)
+    bridges.change(manager, first | {hosts: plain}, second, [], 120)
+    bridges.change(manager, second, first | {hosts: plain}, [], 120)
+
+    rollback = (bridges.WORK / "rollback").read_text()
+    assert f"rm -f {own}\n" in rollback
+    assert f"rm -f {hosts}\n" not in rollback
+    assert f"install -D -m 644 {bridges.WORK}/old/0 {hosts}\n" in rollback
+    assert (bridges.WORK / "old" / "0").read_text() == _STANZA
+
+
 def test_who_runs_again_before_it_is_confirmed_confirms_it(
         bridges: ModuleType, networkd: _Files, monkeypatch: pytest.MonkeyPatch,
         tmp_path: Path) -> None:

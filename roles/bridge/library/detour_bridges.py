@@ -832,6 +832,9 @@ def change(manager: Manager, old: Files, new: Files, bridges: list[Bridge], roll
     kept = text_of(WORK / "old" / "files") if (WORK / "apply").exists() else None
     first: Files = {path: (text, mode) for path, (text, mode) in json.loads(kept).items()} if (
         kept) else old
+    # And the host's own files that only this change touches.
+    first |= {path: each for path, each in old.items() if path not in first
+              and not any(fnmatch.fnmatchcase(path, pattern) for pattern in manager.patterns)}
     undone = {bridge.name for bridge in bridges if bridge.done()}
     start_timer(rollback)
     for marker in ("applied", "failed"):

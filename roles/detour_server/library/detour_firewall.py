@@ -362,7 +362,7 @@ def iptables_table(listed: str) -> Table:
         if kind == "-P" and chain == "INPUT":
             table.policies[chain] = rest[0].lower()
         elif kind == "-A":
-            table.rules.setdefault(chain, []).append(*rest)
+            table.rules.setdefault(chain, []).append("".join(rest))
     return table
 
 

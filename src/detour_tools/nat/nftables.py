@@ -30,7 +30,7 @@ TABLE = "detour-tools"
 # 'ct status dnat': without it a plain forwarded flow of a client to a mapped remote would be
 # masqueraded, where the detour is also the client's router.
 #
-# 'forward': just before the host's own chains, and only for the first packet of a flow.
+# 'forward': before all chains of the host's own, and only for the first packet of a flow.
 _RULESET = """
 add table ip {table}
 delete table ip {table}
@@ -59,7 +59,7 @@ table ip {table} {{
 @mapped drop
     }}
     chain forward {{
-        type filter hook forward priority filter - 1; policy accept;
+        type filter hook forward priority raw; policy accept;
         {label}
     }}
 }}

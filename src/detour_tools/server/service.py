@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from ipaddress import ip_address
 from itertools import islice
@@ -156,22 +156,22 @@ class Server:
         if not idle:
             return
         used_at = {entry.serial: entry.last_used for entry in idle}
-        await self._note_flows()
+        await self._note_flows(idle)
         removed = await self._keeper.remove(
             idle, lambda entry: entry.last_used == used_at[entry.serial])
         if removed:
             self._expired += len(removed)
             log.info("removed %d idle mappings", len(removed))
 
-    async def _note_flows(self) -> None:
-        """Note which mappings have flows, as used now. Raises OSError."""
+    async def _note_flows(self, entries: Sequence[Entry]) -> None:
+        """Note which of these mappings have flows, as used now. Raises OSError."""
         live = await self._keeper.live()
-        now = time.monotonic()
         table = self._keeper.table
-        for mapping in live:
-            entry = table.find(mapping.client, mapping.remote)
-            if entry is not None and entry.mapping == mapping:
-                table.touch(entry, now)
+        for number, entry in enumerate(entries):
+            if number % _PAGE == 0:
+                await asyncio.sleep(0)  # requests do not wait for all of them
+            if entry.mapping in live and table.holds(entry):
+                table.touch(entry, time.monotonic())
 
     def _see_addresses(self) -> bool:
         """Look which addresses are the detour's own; whether others than before."""
@@ -256,7 +256,7 @@ class Server:
             raise UserError("'after' must be a number")
         if after == 0:
             with contextlib.suppress(OSError):  # it is as it was at the last sweep then
-                await self._note_flows()
+                await self._note_flows(list(self._keeper.table.entries()))
         now = time.monotonic()
         page = list(islice(self._keeper.table.entries(after), _PAGE))
         return {

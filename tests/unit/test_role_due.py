@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""due: whether a unit runs as its files say, from the times that systemd and they bear."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+_PATH = Path(__file__).parents[2] / "roles/detour_common/files/due"
+_NOW = int(time.time())
+_STARTED = {"ActiveState": "active", "NeedDaemonReload": "no",
+            "ExecMainStartTimestamp": f"@{_NOW - 100}", "StateChangeTimestamp": f"@{_NOW - 90}"}
+
+
+def due(folder: Path, properties: dict[str, str], unit_age: int = 200,
+        settings_age: int | None = 200) -> str:
+    """What a unit with these properties needs, whose files were written so many seconds ago."""
+    (folder / "systemctl").write_text(
+        "#!/bin/sh\ncase \"$*\" in\n" + "".join(
+            f"'show --timestamp=unix -P {name} a.service') echo '{value}';;\n"
+            for name, value in properties.items()) + "*) echo;;\nesac\n")
+    (folder / "systemctl").chmod(0o755)
+    files = []
+    for name, age in (("unit", unit_age), ("settings", settings_age)):
+        if age is not None:
+            (folder / name).touch()
+            os.utime(folder / name, (_NOW - age, _NOW - age))
+            files.append(folder / name)
+    return subprocess.run(
+        ["/bin/sh", "-s", "a.service", *files], input=_PATH.read_text(), text=True, check=True,
+        timeout=30, env={"PATH": f"{folder}:/usr/bin:/bin"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT).stdout.strip()
+
+
+@pytest.mark.parametrize(("properties", "unit_age", "settings_age", "wanted"), [
+    ({}, 200, 200, ""),
+    ({}, 100, 90, ""),  # the second it was started in
+    ({"ActiveState": "inactive"}, 200, 200, "start"),
+    ({"ActiveState": "failed"}, 50, 50, "start"),
+    ({"NeedDaemonReload": "yes"}, 200, 200, "restart"),
+    ({}, 99, 200, "restart"),
+    ({}, 50, 50, "restart"),
+    ({}, 200, 89, "reload"),
+    ({}, 200, 95, ""),  # it was reloaded since
+    ({}, 200, None, ""),
+    # Without a main process.
+    ({"ExecMainStartTimestamp": "", "ActiveEnterTimestamp": f"@{_NOW - 100}"}, 200, None, ""),
+    ({"ExecMainStartTimestamp": "", "ActiveEnterTimestamp": f"@{_NOW - 100}"}, 50, None, "restart"),
+    # Started when the clock was wrong.
+    ({"ExecMainStartTimestamp": f"@{_NOW + 7200}"}, 50, 50, "restart"),
+    ({"StateChangeTimestamp": f"@{_NOW + 7200}"}, 200, 50, "reload"),
+])
+def test_due(tmp_path: Path, properties: dict[str, str], unit_age: int, settings_age: int | None,
+             wanted: str) -> None:
+    assert due(tmp_path, _STARTED | properties, unit_age, settings_age) == wanted
