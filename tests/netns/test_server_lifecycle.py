@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from detour_tools import runtime
-from detour_tools.conntrack import Conntrack
 from detour_tools.lab import namespaces
 from detour_tools.lab.network import Lab, environment
+from detour_tools.netlink.conntrack import Conntrack
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
 from tests.netns.conftest import PRIVATE, Start
@@ -370,8 +370,8 @@ def test_ctrl_c_while_it_is_loaded_is_no_traceback(lab, tmp_path):
 
 def test_when_it_gets_crowded_unused_mappings_go_soon(lab, start: Start, backend, web):
     detour = lab.host("detour")
-    code = ("from detour_tools.server import policy, service\n"
-            "policy._CROWDED_SECONDS = 1.0; service._SWEEP_SECONDS = 0.2\n"
+    code = ("from detour_tools.server import policy, upkeep\n"
+            "policy._CROWDED_SECONDS = 1.0; upkeep._SWEEP_SECONDS = 0.2\n"
             "from detour_tools.cli.server import main; main()")
     server = start(detour, [_python(), "-c", code, "--backend", backend, *PRIVATE,
                             "--max-mappings", "20"])

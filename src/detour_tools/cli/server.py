@@ -19,6 +19,7 @@ try:
     from detour_tools.nat.choose import CHOICES
     from detour_tools.server.service import PROGRAM, Server
     from detour_tools.server.settings import Settings
+    from detour_tools.server.status import Status
 except KeyboardInterrupt:  # too early for common.run()
     sys.exit(130)
 
@@ -124,34 +125,14 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    status = control.call(PROGRAM, "status")
+    found = control.call(PROGRAM, "status")
     if arguments.json:
-        common.print_json(status)
+        common.print_json(found)
         return
     table = Table(show_header=False, box=None, pad_edge=False)
-    policy = status["policy"]
-    requests = status["requests"]
-    for name, value in (
-            ("listening on", f"UDP {status['listen']}"),
-            ("back end", status["backend"]),
-            ("up for", f"{status['uptime_s']:g} s"),
-            ("mappings", f"{status['mappings']} of {policy['max_mappings']} at most; "
-                         f"clients: {status['clients']}"),
-            ("requests", ", ".join(f"{count} {name}" for name, count in requests.items()
-                                   if count) or "none yet"),
-            ("refused", ", ".join(f"{name} {count}" for name, count
-                                  in sorted(status["refused"].items())) or "nothing"),
-            ("expired", status["expired"]),
-            ("lines not printed", status["unprinted"]),
-            ("clients", ", ".join(policy["allow_client"]) or "private addresses"),
-            ("private remotes", ", ".join(policy["allow_remote"]) or "none"),
-            ("forbidden ports", ", ".join(policy["forbid_port"])
-             or "none but those that this host listens on"),
-            ("limits", f"{policy['rate']:g} requests/s and {policy['max_per_client']} mappings "
-                       f"a client, idle for {policy['idle_timeout']:g} s"),
-    ):
-        table.add_row(name, str(value))
-    Console().print(table)
+    for name, value in Status.from_json(found).rows():
+        table.add_row(name, value)
+    Console().print(table, markup=False)
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ commit nor a packet gets dearer with their number.
 
 import importlib
 import json
-import struct
 from collections.abc import Collection, Iterable, Sequence
 from ipaddress import ip_address
 from typing import Any
@@ -16,8 +15,7 @@ from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
 from detour_tools.nat.base import LABEL, NatError
-from detour_tools.netlink import codec
-from detour_tools.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
+from detour_tools.netlink.nf_tables import NfTables
 
 TABLE = "detour-tools"
 
@@ -67,11 +65,6 @@ table ip {table} {{
 _LABEL = f"""ct state new ct status dnat meta l4proto tcp \
 ip saddr . ct original proto-dst . ip daddr . tcp dport @mapped ct label set {LABEL}"""
 
-_GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
-_NFGENMSG_IPV4 = struct.pack("=BBH", 2, 0, 0)
-_NFTA_TABLE_NAME = 1
-_NFTA_TABLE_HANDLE = 4
-
 # Elements a command: what libnftables takes in one go has no limit, but its parser's memory.
 _CHUNK = 4096
 
@@ -85,7 +78,7 @@ def ruleset_text() -> str:
 
 def _context() -> Any:
     try:
-        NetlinkSocket(NETLINK_NETFILTER).close()
+        NfTables().close()
     except OSError as error:  # libnftables would end this process
         raise UserError(f"nftables cannot be used: {error.strerror}",
                         "the kernel needs nf_tables, or use --backend iptables") from None
@@ -104,7 +97,7 @@ class NftablesBackend:
     def __init__(self) -> None:
         self._nft: Any = None
         try:
-            self._netlink: NetlinkSocket | None = NetlinkSocket(NETLINK_NETFILTER)
+            self._netlink: NfTables | None = NfTables()
         except OSError:  # a kernel without nf_tables, which open() says in its words
             self._netlink = None
         self._handle = b""
@@ -163,15 +156,7 @@ class NftablesBackend:
             raise NatError(_first_line(error))
 
     def _table_handle(self) -> bytes | None:
-        # By hand: libnftables would read every element to answer this.
-        if self._netlink is None:
-            return None
-        request = _NFGENMSG_IPV4 + codec.attribute(_NFTA_TABLE_NAME, TABLE.encode() + b"\0")
-        try:
-            answers = self._netlink.request(_GETTABLE, request)
-        except OSError:
-            return None
-        return codec.attributes(answers[0].payload[4:]).get(_NFTA_TABLE_HANDLE, b"")
+        return self._netlink.table_handle(TABLE) if self._netlink else None
 
 
 def _elements(verb: str, mappings: Collection[Mapping]) -> Iterable[str]:

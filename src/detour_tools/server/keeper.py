@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from random import SystemRandom
 from typing import TypeVar
 
-from detour_tools.conntrack import Conntrack
 from detour_tools.mapping import Mapping
 from detour_tools.nat.base import NatBackend, NatError
 from detour_tools.nat.choose import choose
+from detour_tools.netlink.conntrack import Conntrack
 from detour_tools.server.table import Entry, MappingTable
 
 log = logging.getLogger(__name__)

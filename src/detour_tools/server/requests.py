@@ -6,7 +6,6 @@ shared by all that came meanwhile; an answer leaves when its mapping is live in 
 """
 
 import asyncio
-import dataclasses
 import logging
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from detour_tools.server.keeper import Keeper
 from detour_tools.server.listening import ListeningPorts
 from detour_tools.server.policy import Policy, Refusal
 from detour_tools.server.receiver import Receiver, Sender
+from detour_tools.server.status import Counters
 from detour_tools.server.table import Decision, Entry, NoFreePortError, Outcome
 
 log = logging.getLogger(__name__)
@@ -32,21 +32,6 @@ _REQUESTS_A_COMMIT = 256
 _QUEUED_REQUESTS = 4096
 
 _NOT_ASKED = Route(local=False, broadcast=False, on_link=False)
-
-
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """What became of the datagrams, since the start."""
-
-    received: int = 0
-    malformed: int = 0
-    overflowed: int = 0
-    failed: int = 0
-    new: int = 0
-    moved: int = 0
-    existing: int = 0
-    refused: int = 0
-    unsent: int = 0
 
 
 class _Request(NamedTuple):

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a running server answers on its control socket: list and flush; status is the service's."""
+
+import contextlib
+import logging
+import time
+from ipaddress import ip_address
+from itertools import islice
+from typing import Any
+
+from detour_tools.endpoint import parse_endpoint
+from detour_tools.errors import UserError
+from detour_tools.nat.base import NatError
+from detour_tools.server.keeper import Keeper
+from detour_tools.server.table import Entry
+from detour_tools.server.upkeep import Upkeep
+
+log = logging.getLogger(__name__)
+
+_PAGE = 1000
+
+
+class Commands:
+    """Commands on the mappings. All raise UserError."""
+
+    def __init__(self, keeper: Keeper, upkeep: Upkeep) -> None:
+        self._keeper = keeper
+        self._upkeep = upkeep
+
+    async def list(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A page of the mappings, those after serial number ``after``."""
+        # By pages: the answer with all of them would keep requests waiting.
+        after = request.get("after", 0)
+        if not isinstance(after, int):
+            raise UserError("'after' must be a number")
+        if after == 0:
+            with contextlib.suppress(OSError):  # it is as it was at the last sweep then
+                await self._upkeep.note_flows(list(self._keeper.table.entries()))
+        now = time.monotonic()
+        page = list(islice(self._keeper.table.entries(after), _PAGE))
+        return {
+            "mappings": [{
+                "client": str(entry.mapping.client),
+                "detour_port": entry.mapping.detour_port,
+                "remote": str(entry.mapping.remote),
+                "unused_s": round(now - entry.last_used, 1),
+            } for entry in page],
+            "next": page[-1].serial if len(page) == _PAGE else None,
+        }
+
+    async def flush(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Drop all mappings, or those of ``client`` and to ``remote``, and cut their flows."""
+        try:
+            client = ip_address(request["client"]) if request.get("client") else None
+        except ValueError:
+            raise UserError(f"'{request['client']}' is not an IP address") from None
+        remote = parse_endpoint(str(request["remote"])) if request.get("remote") else None
+
+        def wanted(entry: Entry) -> bool:
+            return ((client is None or entry.mapping.client == client)
+                    and (remote is None or entry.mapping.remote == remote))
+
+        try:
+            removed = await self._keeper.remove(
+                [entry for entry in self._keeper.table.entries() if wanted(entry)],
+                lambda _: True)
+        except NatError as error:
+            raise UserError(f"the kernel does not take the change: {error}") from None
+        if removed:
+            log.info("flushed %d mappings", len(removed))
+        return {"flushed": len(removed)}

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a running server says of itself; text and JSON are written from it; pure."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Counters:
+    """What became of the datagrams, since the start."""
+
+    received: int = 0
+    malformed: int = 0
+    overflowed: int = 0
+    failed: int = 0
+    new: int = 0
+    moved: int = 0
+    existing: int = 0
+    refused: int = 0
+    unsent: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyStatus:
+    """The reloadable settings in force; ``rate`` in requests a second, ``idle_timeout`` seconds."""
+
+    allow_client: tuple[str, ...]
+    allow_remote: tuple[str, ...]
+    forbid_port: tuple[str, ...]
+    rate: float
+    max_per_client: int
+    max_mappings: int
+    idle_timeout: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A server's status; ``uptime_s`` in seconds."""
+
+    listen: str
+    backend: str
+    uptime_s: float
+    mappings: int
+    clients: int
+    requests: dict[str, int]
+    refused: dict[str, int]
+    expired: int
+    failed_commits: int
+    repairs: int
+    unprinted: int
+    policy: PolicyStatus
+    warnings: tuple[str, ...] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        """The status for programs, under the names of its fields."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Status":
+        """The status that ``as_json`` gave. Raises KeyError, TypeError when it is none."""
+        return cls(**{**found, "policy": PolicyStatus(**found["policy"])})
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The status for people: names and values."""
+        policy = self.policy
+        done = [f"{count} {name}" for name, count in self.requests.items() if count]
+        refused = [f"{name} {count}" for name, count in sorted(self.refused.items())]
+        return [
+            ("listening on", f"UDP {self.listen}"),
+            ("back end", self.backend),
+            ("up for", f"{self.uptime_s:g} s"),
+            ("mappings", f"{self.mappings} of {policy.max_mappings} at most; "
+                         f"clients: {self.clients}"),
+            ("requests", ", ".join(done) or "none yet"),
+            ("refused", ", ".join(refused) or "nothing"),
+            ("expired", str(self.expired)),
+            ("lines not printed", str(self.unprinted)),
+            ("clients", ", ".join(policy.allow_client) or "private addresses"),
+            ("private remotes", ", ".join(policy.allow_remote) or "none"),
+            ("forbidden ports", ", ".join(policy.forbid_port)
+             or "none but those that this host listens on"),
+            ("limits", f"{policy.rate:g} requests/s and {policy.max_per_client} mappings "
+                       f"a client, idle for {policy.idle_timeout:g} s"),
+            *(("warning", text) for text in self.warnings),
+        ]
