@@ -47,11 +47,11 @@ kernel: ## build a kernel for VMs, with Debian packages, or find it in the cache
 	@kernel/build
 
 test-vm: kernel ## run the tests that boot this kernel in virtual machines
-	@scripts/setup vm
+	@scripts/setup vm selftests
 	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider) $(VM_TESTS)
 
 test-vm-debug: ## run the tests of the kernel on one that watches itself; it takes half an hour to build
-	@scripts/setup kernel vm
+	@scripts/setup kernel vm selftests
 	@kernel/build --config debug
 	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider) tests/vm/test_kernel.py tests/vm/test_kernel_stress.py --kernel debug --vm-memory 3072
 
