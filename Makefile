@@ -26,7 +26,7 @@ venv: ## install what is needed: distribution packages, and .venv with the conso
 demo: venv ## run the main job on an emulated network; pictures and captures land in demo/
 	@$(SUDO) $(BIN)/detour-lab demo --output demo
 
-walkthrough: ## the path manager in the kernel, live, with a client in a VM; captures land in walkthrough/
+walkthrough: kernel ## the path manager in the kernel, live, with a client in a VM; captures land in walkthrough/
 	@scripts/setup vm
 	@$(SUDO) $(BIN)/detour-lab walkthrough --output walkthrough
 
@@ -56,7 +56,7 @@ test-vm-debug: ## run the tests of the kernel on one that watches itself; it tak
 	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider) tests/vm/test_kernel.py tests/vm/test_kernel_stress.py --kernel debug --vm-memory 3072
 
 bench: ## run the benchmarks, each against its baseline; results land in bench-results/
-	@scripts/setup bench
+	@scripts/setup bench vm
 	@$(SUDO) $(BIN)/python -m tests.bench --output bench-results
 
 molecule: ## deploy on virtual machines, and verify there; SCENARIO=default or roles, else all
