@@ -9,13 +9,14 @@ VM_TESTS := tests/vm
 UTF8 := LC_ALL=C.UTF-8
 SCENARIO :=
 # Python programs outside src and tests, which the checkers do not find by themselves.
-PROGRAMS := scripts/role-docs scripts/wheels molecule/default/files/new_run molecule/default/files/transfer \
+PROGRAMS := scripts/calls scripts/check-setup scripts/role-docs scripts/wheels molecule/default/files/new_run molecule/default/files/transfer \
 	roles/detour_common/files/install.py roles/ip_forward/files/detour-forward roles/monitoring/files/detour-capture \
 	roles/mptcp_kernel/files/look roles/bridge/library/detour_bridges.py roles/detour_server/library/detour_firewall.py \
 	roles/ip_forward/library/detour_sysctls.py
 KERNEL_SCRIPTS := kernel/build kernel/check kernel/export kernel/import kernel/selftests
 .DEFAULT_GOAL := help
-.PHONY: help venv demo walkthrough test lint kernel test-vm test-vm-debug bench molecule
+.PHONY: help venv demo walkthrough test lint kernel test-vm test-vm-debug bench molecule \
+	check-setup
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,3 +64,7 @@ molecule: ## deploy on virtual machines, and verify there; SCENARIO=default or r
 	@scripts/setup kernel molecule
 	@scripts/image >/dev/null
 	@. $(BIN)/activate && $(UTF8) molecule test $(if $(SCENARIO),--scenario-name $(SCENARIO),--all)
+
+check-setup: ## see on Debians that never saw the project that each target sets up what it runs; minutes
+	@scripts/setup check
+	@$(SUDO) $(BIN)/python scripts/check-setup
