@@ -111,6 +111,8 @@ def test_a_claim_that_fails_is_an_error(name: str, tmp_path: Path,
             return "80 % only"
 
     monkeypatch.setattr("detour_tools.lab.demo._Demo.run", lambda *_: Failed())
+    monkeypatch.setenv("SUDO_UID", "65534")
+    monkeypatch.setenv("SUDO_GID", "65534")
     with pytest.raises(UserError, match="the claim does not hold: 80 % only"):
         demo.run(tmp_path / "demo", name)
 

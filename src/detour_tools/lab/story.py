@@ -62,7 +62,8 @@ class Output:
         except (KeyError, ValueError):
             return
         for path in (*self.written, *([] if self._was_there else [self.folder])):
-            os.chown(path, uid, gid, follow_symlinks=False)
+            with contextlib.suppress(FileNotFoundError):  # not written, as the run failed
+                os.chown(path, uid, gid, follow_symlinks=False)
 
     def __str__(self) -> str:
         return f"{self.folder}/: " + ", ".join(sorted(path.name for path in self.written))
