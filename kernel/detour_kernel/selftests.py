@@ -32,6 +32,7 @@ sys.path.insert(0, str(KERNEL.parent / "src"))
 
 from detour_tools.errors import UserError
 from detour_tools.lab import session, vm
+from detour_tools.lab.tools import search_path
 
 UPSTREAM: Final = ("pm_netlink.sh", "diag.sh", "userspace_pm.sh", "mptcp_join.sh")
 OURS: Final = "detour.sh"
@@ -123,7 +124,7 @@ class Options:
 def run(options: Options) -> tuple[Path, bool]:
     """Run programs in a VM; the file of results, and whether all passed with a clean log."""
     for tool, package in _TOOLS.items():
-        if shutil.which(tool) is None:
+        if shutil.which(tool, path=search_path()) is None:
             raise Problem(f"{tool} is missing (package {package}): run 'scripts/setup selftests'")
     programs, origin = build()
     commands(programs, options.wanted)  # a wrong one shows before the VM boots
