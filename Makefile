@@ -14,6 +14,8 @@ PROGRAMS := scripts/calls scripts/check-setup scripts/role-docs scripts/wheels m
 	roles/mptcp_kernel/files/look roles/bridge/library/detour_bridges.py roles/detour_server/library/detour_firewall.py \
 	roles/ip_forward/library/detour_sysctls.py
 KERNEL_SCRIPTS := kernel/build kernel/check kernel/export kernel/import kernel/selftests
+# Also for root by 'su', and for a user: some programs of ours are where only root's PATH leads.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 .DEFAULT_GOAL := help
 .PHONY: help venv demo walkthrough test lint kernel test-vm test-vm-debug bench molecule \
 	check-setup
