@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -17,5 +17,5 @@ def test_links_and_make_targets_exist(page: Path):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if "://" not in link:
             assert (page.parent / link).exists(), link
-    for target in re.findall(r"(?:`|^)make ([a-z]+)", text, re.M):
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.M):
         assert target in TARGETS, target
