@@ -22,7 +22,7 @@ SETUP: Final = "run 'scripts/setup kernel'"
 _TOOLS: Final = {
     "bc": "bc", "bison": "bison", "cpio": "cpio", "dh": "debhelper",
     "dpkg-buildpackage": "dpkg-dev", "flex": "flex", "gcc": "gcc",
-    "git": "git", "kmod": "kmod", "lz4": "lz4", "make": "make",
+    "g++": "build-essential", "git": "git", "kmod": "kmod", "lz4": "lz4", "make": "make",
     "perl": "perl", "rsync": "rsync", "tar": "tar", "xz": "xz-utils", "zstd": "zstd",
     "/usr/include/libelf.h": "libelf-dev", "/usr/include/openssl/opensslv.h": "libssl-dev",
 }
