@@ -2,7 +2,7 @@
 # 'make help' lists the targets.
 
 # Root must leave no files of its own in a user's tree.
-SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis $(if $(XDG_CACHE_HOME),XDG_CACHE_HOME=$(XDG_CACHE_HOME)))
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/run/detour-tools-hypothesis $(if $(XDG_CACHE_HOME),XDG_CACHE_HOME=$(XDG_CACHE_HOME)))
 BIN  := .venv/bin
 VM_TESTS := tests/vm
 # Ansible insists.

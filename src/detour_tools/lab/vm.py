@@ -17,7 +17,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +55,7 @@ class Settings:
 def default_kernel(flavour: str = "vm") -> Path:
     """The kernel that ``make kernel`` built last; raises UserError when there is none."""
     # As kernel/detour_kernel/common.py has it; and that of the user who ran sudo.
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    caches = [given if given.is_absolute() else Path.home() / ".cache"]
+    caches = [_cache()]
     if user := os.environ.get("SUDO_USER"):
         with contextlib.suppress(RuntimeError):
             caches.append(Path(f"~{user}").expanduser() / ".cache")
@@ -67,6 +65,11 @@ def default_kernel(flavour: str = "vm") -> Path:
         raise UserError(f"there is no kernel in {' or '.join(str(each.parent) for each in images)}",
                         "run 'make kernel', or name one: --kernel IMAGE")
     return max(found, key=lambda image: image.stat().st_mtime)
+
+
+def _cache() -> Path:
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path.home() / ".cache"
 
 
 def kvm_works() -> bool:
@@ -85,7 +88,8 @@ def root_folder() -> Path:
         return runtime.ROOT
     if given := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(given) / "detour-tools"
-    return Path(tempfile.gettempdir()) / f"detour-tools-{os.geteuid()}"
+    # Not where everybody may write, and so take the name first.
+    return _cache() / "detour-tools" / "run"
 
 
 def folder_of(name: str) -> Path:
