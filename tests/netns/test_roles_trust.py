@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What roles run as root is what the controller gave, whoever else is on the host.
+
+Run by Ansible itself, with its connection 'local', in a mount namespace where what is written to
+the host's folders goes to memory, and goes when it ends.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[2]
+_BIN = Path(sys.executable).parent
+
+# A host of its own, as far as files go; $1 is a folder for what is written.
+_SANDBOX = """set -eu
+mount -t tmpfs memory "$1"
+for each in etc opt usr/local var; do
+    mkdir -p "$1/$each/new" "$1/$each/work"
+    mount -t overlay over -o "lowerdir=/$each,upperdir=$1/$each/new,workdir=$1/$each/work" "/$each"
+done
+shift
+exec "$@"
+"""
+
+Sandbox = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    """Run a shell script where it may change the host's folders; $1 and so on are arguments."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+
+    def run(script: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            ["unshare", "--mount", "sh", "-c", _SANDBOX, "sh", memory, "sh", "-c", script, "sh",
+             *map(str, arguments)], capture_output=True, text=True, check=False, cwd=_ROOT,
+            env={**os.environ, "LC_ALL": "C.UTF-8", "PATH": f"{_BIN}:{os.environ['PATH']}"},
+            timeout=300)
+    return run
+
+
+def _package(folder: Path, says: str) -> Path:
+    """A package named as a kernel's, whose script, run by root, writes what it is."""
+    tree = folder / says
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN/control").write_text(
+        "Package: linux-image-6.99.0-detour-test\nVersion: 6.99.0-deadbeef\n"
+        "Architecture: all\nMaintainer: Nobody <nobody@example.net>\nDescription: test\n")
+    script = tree / "DEBIAN/postinst"
+    script.write_text(f"#!/bin/sh\necho {says} >>/var/lib/installed\n")
+    script.chmod(0o755)
+    package = folder / says / "linux-image-6.99.0-detour-test_6.99.0-deadbeef_amd64.deb"
+    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, package], check=True,
+                   capture_output=True)
+    return package
+
+
+# A user has put the name there before, wherever everybody may, and swaps what comes.
+_ATTACK = """
+name=$(basename "$1")
+install -m 644 "$2" /var/evil.deb
+for folder in /var/tmp /var/cache /var/cache/detour-tools-kernel; do
+    setpriv --reuid 65534 --clear-groups sh -c '
+        touch "$1/$2" 2>/dev/null || exit 0
+        while :; do
+            ! [ -s "$1/$2" ] || cmp -s "$1/$2" /var/evil.deb || {
+                cp /var/evil.deb "$1/.new" && mv -f "$1/.new" "$1/$2"; }
+        done' sh "$folder" "$name" 2>/dev/null &
+    pids="${pids:-} $!"
+done
+shift 2
+status=0
+"$@" || status=$?
+kill $pids 2>/dev/null || true
+cat /var/lib/installed 2>/dev/null || echo nothing
+ls -d /var/cache/detour-tools-kernel 2>/dev/null || true
+exit $status
+"""
+
+
+def _play(folder: Path, package: Path) -> Path:
+    path = folder / "play.yml"
+    path.write_text(json.dumps([{
+        "hosts": "localhost", "gather_facts": False, "connection": "local",
+        "tasks": [{"include_role": {"name": "mptcp_kernel", "tasks_from": "install.yml"}}],
+        "vars": {"mptcp_kernel_packages": [str(package)],
+                 "ansible_python_interpreter": "/usr/bin/python3",
+                 "ansible_facts": {"distribution": "Debian", "distribution_version": "12"},
+                 "mptcp_kernel_looked": {"stdout": json.dumps(
+                     {"release": "", "others": [], "packages": {}, "menu": {}})}}}]))
+    return path
+
+
+def test_a_package_that_a_user_swaps_is_not_the_one_that_root_installs(
+        sandbox: Sandbox, tmp_path: Path) -> None:
+    good, evil = _package(tmp_path, "good"), _package(tmp_path, "evil")
+    done = sandbox(_ATTACK, good, evil, "ansible-playbook", _play(tmp_path, good))
+    assert done.stdout.splitlines()[-1] == "good", done.stdout + done.stderr
+
+
+def test_a_package_that_came_otherwise_than_it_went_is_not_installed(
+        sandbox: Sandbox, tmp_path: Path) -> None:
+    good = _package(tmp_path, "good")
+    wrong = {"mptcp_kernel_sums": f"{hashlib.sha256(b'').hexdigest()}  {good.name}\n"}
+    done = sandbox(_ATTACK, good, good, "ansible-playbook", _play(tmp_path, good),
+                   "--extra-vars", json.dumps(wrong))
+    assert done.returncode != 0
+    assert f"is not what was built or given ({good.name}: FAILED)" in " ".join(
+        done.stdout.split()), done.stdout
+    assert done.stdout.splitlines()[-1] == "nothing"
