@@ -117,3 +117,68 @@ def test_a_package_that_came_otherwise_than_it_went_is_not_installed(
     assert f"is not what was built or given ({good.name}: FAILED)" in " ".join(
         done.stdout.split()), done.stdout
     assert done.stdout.splitlines()[-1] == "nothing"
+
+
+# The programs' wheels
+
+def _wheel(folder: Path, says: str) -> None:
+    """A wheel of ours, as far as pip looks, whose programs write what they are."""
+    with zipfile.ZipFile(folder / "detour_tools-9.9-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("fake.py", f"def main():\n    open('/var/ran', 'a').write('{says} ')\n")
+        info = "detour_tools-9.9.dist-info"
+        wheel.writestr(f"{info}/METADATA",
+                       "Metadata-Version: 2.1\nName: detour-tools\nVersion: 9.9\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
+                                        "Tag: py3-none-any\n")
+        wheel.writestr(f"{info}/entry_points.txt", "[console_scripts]\n" + "".join(
+            f"detour-{name} = fake:main\n" for name in ("client", "server")))
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def _archive(folder: Path, says: str) -> dict[str, str]:
+    """What scripts/wheels makes of such a wheel and Debian's own pip."""
+    wheels = folder / says
+    wheels.mkdir()
+    _wheel(wheels, says)
+    pip = max(Path("/usr/share/python-wheels").glob("pip-*.whl"))  # python3-venv has it
+    (wheels / pip.name).write_bytes(pip.read_bytes())
+    done = subprocess.run([_ROOT / "scripts/wheels", "--wheels", wheels], check=True, text=True,
+                          capture_output=True, env={**os.environ, "XDG_CACHE_HOME": str(folder)})
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+_INSTALL = """
+mkdir -p /opt/detour-tools/wheels && cp "$1" /opt/detour-tools/wheels/it.zip
+umask 077
+/usr/bin/python3 roles/detour_common/files/install.py /opt/detour-tools/wheels/it.zip r1 "$2" 2>&1
+cat /var/ran 2>/dev/null || echo nothing
+"""
+
+
+def test_an_archive_installs_offline(sandbox: Sandbox, tmp_path: Path) -> None:
+    made = _archive(tmp_path, "good")
+    assert sandbox(_INSTALL, made["archive"], made["sha256"]).stdout == "good good "
+
+
+def test_another_archive_than_the_controllers_is_not_installed(
+        sandbox: Sandbox, tmp_path: Path) -> None:
+    good, evil = _archive(tmp_path, "good"), _archive(tmp_path, "evil")
+    said = sandbox(_INSTALL, evil["archive"], good["sha256"]).stdout.splitlines()
+    assert said[-1] == "nothing", said
+    assert "it.zip is not what the controller sent" in said[0]
+    assert len(said) == 2
+
+
+def test_a_wheel_that_the_requirements_do_not_name_is_not_installed(
+        sandbox: Sandbox, tmp_path: Path) -> None:
+    good, evil = _archive(tmp_path, "good"), _archive(tmp_path, "evil")
+    mixed = tmp_path / "mixed.zip"
+    with zipfile.ZipFile(mixed, "w") as target, zipfile.ZipFile(good["archive"]) as names, \
+            zipfile.ZipFile(evil["archive"]) as wheels:
+        for name in wheels.namelist():
+            source = names if name == "requirements.txt" else wheels
+            target.writestr(name, source.read(name))
+    said = sandbox(_INSTALL, mixed, hashlib.sha256(mixed.read_bytes()).hexdigest()).stdout
+    assert said.splitlines()[-1] == "nothing", said
+    assert len(said.splitlines()) == 2

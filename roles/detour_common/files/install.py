@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Installs an archive of wheels as a release, and removes old ones: install.py ARCHIVE RELEASE.
+"""Installs an archive of wheels as a release, and removes old ones: install.py ARCHIVE RELEASE SHA256.
 
-Runs on the host, as root. Nothing that is in use changes: the release has a folder of its own, and
+Runs on the host, as root. The archive must be the one that the controller has summed up, and each
+wheel the one that its requirements.txt names. Nothing that is in use changes: the release has a folder of its own, and
 bears the mark '.complete' when all is there.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -18,8 +20,13 @@ ROOT = Path("/opt/detour-tools")
 UNITS = Path("/etc/systemd/system")
 
 
-def main(archive: Path, release: str) -> None:
+def main(archive: Path, release: str, sha256: str) -> None:
     """Make the release's folder, then remove all but it and those in use."""
+    # Before anything of it is run, pip among it.
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != sha256:
+        archive.unlink()
+        sys.exit(f"{archive} is not what the controller sent: it was removed, run again; if this comes "
+                 "back, find out who changes it")
     target = ROOT / release
     shutil.rmtree(target, ignore_errors=True)  # what an interrupted run has left
     os.umask(0o022)
@@ -30,9 +37,10 @@ def main(archive: Path, release: str) -> None:
             wheels.extractall(folder)
         pip = next(Path(folder).glob("pip-*.whl"))
         # --ignore-installed: what the distribution has besides may go with its next upgrade.
-        run(python, pip / "pip", "install", "--quiet", "--no-index", "--no-cache-dir",
+        run(python, pip / "pip", "install", "--isolated", "--quiet", "--no-index", "--no-cache-dir",
             "--ignore-installed", "--disable-pip-version-check", "--root-user-action=ignore",
-            "--find-links", folder, "detour-tools")
+            "--find-links", folder, "--require-hashes",
+            "--requirement", Path(folder) / "requirements.txt")
     for program in ("detour-client", "detour-server"):
         run(target / "bin" / program, "--version")
     (target / ".complete").touch()
@@ -61,4 +69,4 @@ def run(*command: object) -> None:
         sys.exit(f"{' '.join(map(str, command[:3]))}: {said[-1]}")
 
 
-main(Path(sys.argv[1]), sys.argv[2])
+main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
