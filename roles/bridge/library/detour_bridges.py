@@ -81,6 +81,8 @@ manager:
 """
 
 WORK = Path("/var/lib/detour-tools/bridge")
+# Of what changes the network. Wide, as it has to come to its end: netplan and ifupdown run much.
+LIMITS = ("MemoryMax=1G", "TasksMax=512")
 ROLLBACK = "detour-bridge-rollback"
 APPLY = "detour-bridge-apply"
 UNITS = Path("/etc/systemd/system")
@@ -371,6 +373,8 @@ After=network.target
 ExecStart=/usr/sbin/dnsmasq -k -C /etc/detour-tools/bridge-{name}.dnsmasq --pid-file
 Restart=on-failure
 RestartSec=2
+MemoryMax=64M
+TasksMax=16
 
 User=dnsmasq
 AmbientCapabilities={capabilities}
@@ -850,7 +854,8 @@ def change(manager: Manager, old: Files, new: Files, bridges: list[Bridge], roll
     (WORK / "apply").write_text(
         script(manager, (old,), new, undone, "new", "applied"), encoding="utf-8")
     os.sync()  # of no use if a power cut loses it
-    run("systemd-run", "-q", f"--unit={APPLY}", "--collect", "/bin/sh", str(WORK / "apply"))
+    run("systemd-run", "-q", f"--unit={APPLY}", "--collect",
+        *(f"--property={each}" for each in LIMITS), "/bin/sh", str(WORK / "apply"))
     wait_for(WORK / "applied", 60)
 
 
@@ -859,7 +864,8 @@ def start_timer(seconds: int) -> None:
     what = "[Unit]\nDescription=Put back the network that was there before its bridges\n"
     (UNITS / f"{ROLLBACK}.service").write_text(
         f"{what}ConditionPathExists={WORK}/rollback\nConditionPathExists=!{WORK}/rolled-back\n\n"
-        f"[Service]\nExecStart=/bin/sh {WORK}/rollback\n", encoding="utf-8")
+        f"[Service]\nExecStart=/bin/sh {WORK}/rollback\n"
+        + "".join(f"{each}\n" for each in LIMITS), encoding="utf-8")
     (UNITS / f"{ROLLBACK}.timer").write_text(
         f"{what}\n[Timer]\nOnActiveSec={seconds}\nAccuracySec=1s\n\n"
         "[Install]\nWantedBy=timers.target\n", encoding="utf-8")

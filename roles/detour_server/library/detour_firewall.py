@@ -33,6 +33,8 @@ NFT_DROP_IN_TEXT = f"""\
 # Ansible managed: role detour_server opens the detour's port after the host's rules are loaded.
 # Should that fail, because there is no such chain any more, the host's rules stand all the same.
 [Service]
+MemoryMax=256M
+TasksMax=16
 ExecStartPost=-/usr/sbin/nft -f {NFT_FILE}
 ExecReload=-/usr/sbin/nft -f {NFT_FILE}
 """
