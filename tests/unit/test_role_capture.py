@@ -2,6 +2,8 @@
 """detour-capture: only what is meant for tcpdump reaches it."""
 
 import os
+import subprocess
+import sys
 import threading
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -134,3 +136,49 @@ def test_nobody_reads_any_more(program):
     finally:
         for each in (source, feed, target):
             os.close(each)
+
+
+_HOLD = """
+import sys
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+program = SourceFileLoader("detour_capture", sys.argv[1]).load_module()
+try:
+    program.take_place(Path(sys.argv[2]))
+except program.RequestError as error:
+    sys.exit(str(error))
+print("holds", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_captures_at_once_are_bounded(program, tmp_path):
+    def start():
+        return subprocess.Popen([sys.executable, "-c", _HOLD, _PATH, tmp_path / "places"],
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
+
+    running = [start() for _ in range(program.MOST_CAPTURES)]
+    try:
+        assert [each.stdout.readline() for each in running] == ["holds\n"] * len(running)
+        refused = start()
+        _, said = refused.communicate()
+        assert refused.returncode == 1
+        said, = (line for line in said.splitlines() if "captures run" in line)
+        assert "wait until one ends" in said
+        # Killed, it leaves its place to the next.
+        running[0].kill()
+        running[0].wait()
+        running.append(start())
+        assert running[-1].stdout.readline() == "holds\n"
+    finally:
+        for each in running:
+            each.kill()
+            each.communicate()
+
+
+def test_a_link_in_a_place_is_not_followed(program, tmp_path):
+    (tmp_path / "0").symlink_to(tmp_path / "made")
+    with pytest.raises(OSError, match="symbolic link"):
+        program.take_place(tmp_path)
+    assert not (tmp_path / "made").exists()
