@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Variables that no role knows are told before anything changes; what an empty group means."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+_FILTER = ROOT / "roles/supported/filter_plugins/detour_variables.py"
+_PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    spec = spec_from_file_location("detour_variables", _FILTER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("detour_client_exlude", ["detour_client_exlude (is detour_client_exclude meant?)"]),
+    ("detour_cleint_exclude", ["detour_cleint_exclude (is detour_client_exclude meant?)"]),
+    ("detour_adress", ["detour_adress (is detour_address meant?)"]),
+    ("mptcp_kernel_reboot", ["mptcp_kernel_reboot (is mptcp_kernel_reboot_ok meant?)"]),
+    ("ip_forward_xyz_quite_another", ["ip_forward_xyz_quite_another"]),
+    ("bridge_bridge", ["bridge_bridge (is bridge_bridges meant?)"]),
+    # Others' variables, and what our roles note for themselves.
+    ("monitoring_server", []), ("bridge_ports", []), ("ansible_host", []), ("detour", []),
+    ("detour_address", []), ("detour_common_release", []), ("ip_forward_opened", []),
+    ("mptcp_kernel_reboot_required", []), ("detour_server_port", []),
+])
+def test_names(program: ModuleType, name: str, said: list[str]) -> None:
+    assert program.misspelt([name]) == said
+
+
+def test_all_that_the_project_sets_itself_is_known(program: ModuleType) -> None:
+    for path in [*ROOT.glob("inventories/**/*.yml"), *ROOT.glob("molecule/**/*_vars/*.yml")]:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert program.misspelt(content or []) == [], path
+
+
+def _play(folder: Path, *arguments: object, **variables: object) -> str:
+    """What ansible-playbook says of the inventory's one client and detour, this host."""
+    host = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
+    groups: dict[str, Any] = {"detours": {"hosts": {"one": host | variables}}}
+    (folder / "hosts.yml").write_text(json.dumps({"all": {"children": groups}}))
+    done = subprocess.run(
+        [_PLAYBOOK, "-i", folder / "hosts.yml", "--check", *map(str, arguments)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, "LC_ALL": "C.UTF-8", "HOME": str(folder)})
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def test_a_misspelt_variable_is_found_before_anything_changes(tmp_path: Path) -> None:
+    said = _play(tmp_path, "site.yml", detour_server_allow_clinet=["192.0.2.1"])
+    assert ("The variables of one have names that no role of detour-tools knows: "
+            "detour_server_allow_clinet (is detour_server_allow_client meant?)") in said
+    assert "Detours translate" not in said
+
+
+def test_so_it_is_in_a_playbook_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "own.yml").write_text(json.dumps(
+        [{"hosts": "one", "gather_facts": False, "roles": ["ip_forward"]}]))
+    said = _play(tmp_path, tmp_path / "own.yml", "--tags=none", ip_forward_firewal=True)
+    assert "ip_forward_firewal (is ip_forward_firewall meant?)" in said
+
+
+@pytest.mark.parametrize(("variables", "line", "told"), [
+    ({}, "allow-client = []", True),
+    ({"detour_server_allow_client": ["192.0.2.1"]}, 'allow-client = ["192.0.2.1"]', False),
+])
+def test_an_empty_group_of_clients_lets_nobody_in(
+        tmp_path: Path, variables: dict[str, object], line: str, told: bool) -> None:
+    template = "roles/detour_server/templates/server.toml.j2"
+    show = {"debug": {"msg": f"{{{{ lookup('template', '{template}') | split('\\n') }}}}"}}
+    (tmp_path / "own.yml").write_text(json.dumps([{
+        "hosts": "one", "gather_facts": False, "vars": {"detour_common_release": "r1"}, "tasks": [
+            {"import_role": {"name": "detour_server", "tasks_from": "preflight.yml"}}, show]}]))
+    (tmp_path / "roles").symlink_to(ROOT / "roles")
+    said = _play(tmp_path, tmp_path / "own.yml", **variables)
+    assert line in said.replace("\\", ""), said
+    assert ("one lets nobody in: detour_server_allow_client is empty. Put hosts" in said) == told
+    # Nor is the firewall opened for anybody else.
+    assert "10.0.0.0/8" not in (ROOT / "roles/detour_server/tasks/configure.yml").read_text("utf-8")
