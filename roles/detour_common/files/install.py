@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Installs an archive of wheels as a release, and removes old ones: install.py ARCHIVE RELEASE SHA256.
+"""Installs an archive of wheels as a release, and removes old ones.
 
-Runs on the host, as root. The archive must be the one that the controller has summed up, and each
-wheel the one that its requirements.txt names. Nothing that is in use changes: the release has a folder of its own, and
-bears the mark '.complete' when all is there.
+install.py ARCHIVE RELEASE SHA256 runs on the host, as root. The archive must be the one that the
+controller has summed up, and each wheel the one that its requirements.txt names. Nothing that is in
+use changes: the release has a folder of its own, and bears the mark '.complete' when all is there.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ def main(archive: Path, release: str, sha256: str) -> None:
     # Before anything of it is run, pip among it.
     if hashlib.sha256(archive.read_bytes()).hexdigest() != sha256:
         archive.unlink()
-        sys.exit(f"{archive} is not what the controller sent: it was removed, run again; if this comes "
-                 "back, find out who changes it")
+        sys.exit(f"{archive} is not what the controller sent: it was removed, run again; if this "
+                 "comes back, find out who changes it")
     target = ROOT / release
     shutil.rmtree(target, ignore_errors=True)  # what an interrupted run has left
     os.umask(0o022)
