@@ -48,13 +48,11 @@ table ip {table} {{
     }}
     chain postrouting {{
         type nat hook postrouting priority srcnat - 1; policy accept;
-        ct status dnat meta l4proto tcp ip saddr . ct original proto-dst . ip daddr . tcp dport \
-@mapped masquerade
+        {mapped} masquerade
     }}
     chain input {{
         type filter hook input priority filter; policy accept;
-        ct status dnat meta l4proto tcp ip saddr . ct original proto-dst . ip daddr . tcp dport \
-@mapped drop
+        {mapped} drop
     }}
     chain forward {{
         type filter hook forward priority raw; policy accept;
@@ -62,8 +60,12 @@ table ip {table} {{
     }}
 }}
 """
-_LABEL = f"""ct state new ct status dnat meta l4proto tcp \
-ip saddr . ct original proto-dst . ip daddr . tcp dport @mapped ct label set {LABEL}"""
+# nft 1.0.6 lists no 'meta l4proto tcp' where a TCP port comes later in the rule, and reads its own
+# listing only when that port stands before 'proto-dst', whose size depends on the protocol. So the
+# port comes first: a rule set that an administrator saved must load again.
+_MAPPED = """ct status dnat tcp dport != 0 \
+ip saddr . ct original proto-dst . ip daddr . tcp dport @mapped"""
+_LABEL = f"ct state new {_MAPPED} ct label set {LABEL}"
 
 # Elements a command: what libnftables takes in one go has no limit, but its parser's memory.
 _CHUNK = 4096
@@ -130,9 +132,11 @@ class NftablesBackend:
         """Make our table anew; a table that stood there is replaced in the same transaction."""
         elements = "".join(_elements("add", mappings))
         try:
-            self._run(_RULESET.format(table=TABLE, size=capacity, label=_LABEL) + elements)
+            self._run(_RULESET.format(table=TABLE, size=capacity, mapped=_MAPPED,
+                                      label=_LABEL) + elements)
         except NatError:  # a kernel without labels does as well without this one
-            self._run(_RULESET.format(table=TABLE, size=capacity, label="") + elements)
+            self._run(_RULESET.format(table=TABLE, size=capacity, mapped=_MAPPED,
+                                      label="") + elements)
         self._handle = self._table_handle() or b""
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:

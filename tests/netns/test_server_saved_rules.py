@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A host's rules that an administrator saved while a server ran load again, at boot or by hand."""
+
+import subprocess
+
+import pytest
+
+from detour_tools.lab.network import Host, Lab
+from tests.netns import asking
+from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
+from tests.netns.conftest import Serve
+
+ADMINS = """
+table inet admins {
+    chain input {
+        type filter hook input priority filter; policy accept;
+        tcp dport 4242 drop
+    }
+}
+"""
+# How rules are saved, cleared and loaded.
+SAVED = {"nftables": (["nft", "list", "ruleset"], ["nft", "flush", "ruleset"], ["nft", "-f", "-"]),
+         "iptables": (["iptables-legacy-save", "-t", "nat"],
+                      ["iptables-legacy", "-t", "nat", "-F"], ["iptables-legacy-restore"])}
+
+
+def load(host: Host, command: list[str], text: str) -> None:
+    """Load saved rules as a host does at boot; what the tool says against it is the failure."""
+    done = subprocess.run(["ip", "netns", "exec", host.namespace, *command], input=text, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def save(host: Host, backend: str) -> str:
+    """What the host's tool writes down, without iptables' dates and counters."""
+    lines = host.run(SAVED[backend][0]).stdout.splitlines(keepends=True)
+    return "".join(line.partition(" [")[0].rstrip() + "\n" if line.startswith(":") else line
+                   for line in lines if not line.startswith("#"))
+
+
+@pytest.fixture
+def admins(lab: Lab) -> Host:
+    """The detour, with a table of its administrator's."""
+    detour = lab.host("detour")
+    load(detour, ["nft", "-f", "-"], ADMINS)
+    return detour
+
+
+def test_what_is_listed_loads_again(lab: Lab, serve: Serve, backend: str, admins: Host,
+                                    asker: Asker):
+    serve()
+    WhoAmI(lab.host("server"), 80)
+    assert asker.ask("10.0.3.2:80", 80) == 80
+    saved = save(admins, backend)
+    assert "10.0.3.2" in saved
+    host_rules = admins.run(["nft", "list", "table", "inet", "admins"]).stdout
+
+    _, clear, restore = SAVED[backend]
+    admins.run(clear)
+    load(admins, restore, saved)
+
+    assert save(admins, backend) == saved
+    if backend == "nftables":
+        assert admins.run(["nft", "list", "table", "inet", "admins"]).stdout == host_rules
+    flow = Flow(lab.host("client"), admins.address, 80)
+    assert flow.seen_as == str(admins.address)
+    assert flow.echo()
+
+
+def test_rules_that_were_loaded_at_boot_are_taken_over(lab: Lab, serve: Serve, backend: str,
+                                                       admins: Host, asker: Asker):
+    server = serve()
+    WhoAmI(lab.host("server"), 80)
+    asker.ask("10.0.3.2:80", 80)
+    saved = save(admins, backend)
+    server.stop()
+    before = asking.rules(admins)
+    assert "10.0.3.2" not in before
+    load(admins, SAVED[backend][2] if backend == "iptables" else ["nft", "-f", "-"],
+         saved if backend == "iptables" else "flush ruleset\n" + saved)
+    assert kernel_mappings(admins, backend)
+
+    again = serve()
+    assert mappings(admins) == {("10.0.1.1", 80, "10.0.3.2:80")}
+    assert Flow(lab.host("client"), admins.address, 80).echo()
+    again.stop()
+    assert asking.rules(admins) == before
