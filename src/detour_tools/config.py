@@ -12,11 +12,10 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, TypeVar
 
-from detour_tools.endpoint import Network
+from detour_tools.endpoint import Network, parse_network
 from detour_tools.errors import UserError
 
 Settings = TypeVar("Settings")
@@ -32,6 +31,9 @@ def load(kind: type[Settings], path: Path | None,
     if path is not None:
         for key, value in _read(path).items():
             name = _field_name(kind, key, path)
+            if name in values:
+                raise UserError(f"{path}: '{key}' is given twice, in two spellings",
+                                f"keep one '{name.replace('_', '-')}'", status=2)
             values[name] = _convert(typing.get_type_hints(kind)[name], value, f"{path}: {key}")
     values |= {key: value for key, value in (overrides or {}).items() if value is not None}
     try:
@@ -65,6 +67,9 @@ def _field_name(kind: type[Any], key: str, path: Path) -> str:
 
 def _convert(wanted: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(wanted)
+    if origin is types.UnionType and wanted != Network:  # X | None
+        wanted = next(a for a in typing.get_args(wanted) if a is not type(None))
+        origin = typing.get_origin(wanted)
     if origin is tuple:
         if not isinstance(value, list):
             raise UserError(f"{where}: must be a list", status=2)
@@ -78,12 +83,9 @@ def _convert(wanted: Any, value: Any, where: str) -> Any:
     if wanted == Network:
         try:
             # ip_network would make an address of a number, too
-            return ip_network(value if isinstance(value, str) else "", strict=False)
-        except ValueError:
-            raise UserError(f"{where}: '{value}' is not a network", "write ADDRESS/PREFIX",
-                            status=2) from None
-    if origin is types.UnionType:  # X | None
-        wanted = next(a for a in typing.get_args(wanted) if a is not type(None))
+            return parse_network(value if isinstance(value, str) else repr(value))
+        except UserError as error:
+            raise UserError(f"{where}: {error.message}", error.hint, status=2) from None
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):

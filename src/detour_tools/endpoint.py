@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """An address with a port, and how people write them."""
 
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_network,
+)
 from typing import NamedTuple
 
 from detour_tools.errors import UserError
@@ -59,3 +66,21 @@ def parse_endpoint(text: str, default_port: int | None = None) -> Endpoint:
         return Endpoint(ip_address(host), port)
     except ValueError:
         raise UserError(f"'{host}' is not an IP address", status=2) from None
+
+
+def parse_network(text: str) -> Network:
+    """Read ``ADDRESS/PREFIX``, or an address alone; raises UserError when it is not one.
+
+    An address within a network is refused: whoever writes 203.0.113.7/2 means something else than
+    a quarter of the Internet.
+    """
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        raise UserError(f"'{text}' is not a network",
+                        "write ADDRESS/PREFIX, such as 192.0.2.0/24", status=2) from None
+    address = text.partition("/")[0]
+    if ip_address(address) != network.network_address:
+        raise UserError(f"'{text}' is not a network, as {address} lies within {network}",
+                        f"write {network}, or {address} for this one address", status=2)
+    return network

@@ -459,6 +459,7 @@ ONE_LINERS = [
     (["daemon", "10.0.6.2:99999"], 2, "is not a port"),
     (["daemon", "10.0.6.2", "--max-subflows", "99"], 2, "not from 1 to 8"),
     (["daemon", "10.0.6.2", "--exclude", "nonsense"], 2, "is not a network"),
+    (["daemon", "10.0.6.2", "--exclude", "203.0.113.7/2"], 2, "lies within 192.0.0.0/2"),
     (["daemon", "10.0.6.2", "--control-group", "no-such-group"], 2, "no group"),
     (["daemon", "--config", "/no/such/file"], 2, "there is no file"),
     (["daemon", "--no-such-option"], 2, "--no-such-option"),

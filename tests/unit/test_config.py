@@ -25,7 +25,7 @@ def test_defaults():
     assert settings == Settings()
     assert (settings.listen, settings.backend) == ("0.0.0.0:45672", "auto")
     assert settings.idle_timeout == 3600
-    assert not settings.allow_client
+    assert settings.allow_client is None
     assert not settings.allow_remote
 
 
@@ -68,6 +68,8 @@ def test_the_command_line_overrides_the_file(load):
     ("allow-client = '10.0.0.0/8'", "allow-client: must be a list"),
     ("allow-client = ['10.0.0.0/99']", "'10.0.0.0/99' is not a network"),
     ("allow-client = [5]", "'5' is not a network"),
+    ("allow-client = ['203.0.113.7/2']", "203.0.113.7 lies within 192.0.0.0/2 (write 192.0.0.0/2"),
+    ("allow-client = []\nallow_client = ['10.0.0.0/8']", "'allow_client' is given twice"),
     ("listen = 'nowhere'", "'nowhere' is not an IP address"),
     ("listen = '10.0.0.1:99999'", "'99999' in '10.0.0.1:99999' is not a port"),
     ("listen = '[::]:45672'", "IPv4 only"),

@@ -434,7 +434,7 @@ def apply(module: AnsibleModule) -> tuple[str, list[Rule], list[Rule]]:
     """Bring the host to what is wanted; returns the firewall, and the rules added and removed."""
     try:
         sources = [str(each) for each in ipaddress.collapse_addresses(  # nft takes no overlaps
-            ipaddress.IPv4Network(each, strict=False) for each in module.params["sources"])]
+            ipaddress.IPv4Network(each) for each in module.params["sources"])]
     except ValueError as error:
         raise FirewallError(f"detour_server_allow_client: {error}") from None
     kind = module.params["kind"]

@@ -8,10 +8,10 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, NoReturn, TypeVar
 
 from detour_tools import __version__
+from detour_tools.endpoint import Network, parse_network
 from detour_tools.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -49,13 +49,12 @@ def add_verbosity(target: argparse.ArgumentParser) -> None:
                        help="log warnings and errors only")
 
 
-def network(text: str) -> IPv4Network | IPv6Network:
+def network(text: str) -> Network:
     """An argument of the form ADDRESS/PREFIX."""
     try:
-        return ip_network(text, strict=False)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not a network; write ADDRESS/PREFIX, such as 192.0.2.0/24") from None
+        return parse_network(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def whole_number(minimum: int, maximum: int) -> Callable[[str], int]:
