@@ -50,11 +50,15 @@ class Commands:
 
     async def flush(self, request: dict[str, Any]) -> dict[str, Any]:
         """Drop all mappings, or those of ``client`` and to ``remote``, and cut their flows."""
-        try:
-            client = ip_address(request["client"]) if request.get("client") else None
-        except ValueError:
-            raise UserError(f"'{request['client']}' is not an IP address") from None
-        remote = parse_endpoint(str(request["remote"])) if request.get("remote") else None
+        # An empty text is no address; to take it for all would drop more than was meant.
+        client = remote = None
+        if request.get("client") is not None:
+            try:
+                client = ip_address(str(request["client"]))
+            except ValueError:
+                raise UserError(f"'{request['client']}' is not an IP address") from None
+        if request.get("remote") is not None:
+            remote = parse_endpoint(str(request["remote"]))
 
         def wanted(entry: Entry) -> bool:
             return ((client is None or entry.mapping.client == client)
