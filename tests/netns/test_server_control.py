@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """status, list and flush: what they say, what they cut, and who may ask."""
 
+import itertools
 import json
 import re
 import stat
@@ -15,6 +16,30 @@ from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
 from tests.netns.conftest import PRIVATE
 
 AS_NOBODY = ("setpriv", "--reuid=65534", "--clear-groups")
+
+
+@pytest.mark.parametrize("option", ["--client", "--remote"])
+def test_flush_of_an_empty_text_is_an_error_and_drops_nothing(lab, serve, asker, option):
+    serve()
+    asker.ask("10.0.3.2:80", 80)
+    done = lab.host("detour").run(["detour-server", "flush", option, ""], check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert mappings(lab.host("detour")) == {("10.0.1.1", 80, "10.0.3.2:80")}
+
+
+def test_a_list_of_no_clients_lets_nobody_in(lab, start, tmp_path):
+    settings = tmp_path / "server.toml"
+    settings.write_text("allow-client = []\n")
+    detour = lab.host("detour")
+    start(detour, ["detour-server", "--config", settings]).wait_control_socket()
+    assert "nobody" in detour.run(["detour-server", "status"]).stdout
+    asker = Asker(lab.host("client"), detour.address)
+    asker.send_request("130.104.230.45:80", 80)
+    assert not list(asker.answers(1.0))
+    asking.in_time("the refusal", (asking.status(detour)["refused"] == {"client": 1}
+                                   for _ in itertools.count()))
 
 
 def test_flush_cuts_the_flows_of_what_it_removes(lab, serve, backend):

@@ -46,6 +46,12 @@ def test_the_administrator_says_who_instead():
     assert checked.check_client(CLIENT, 0.0) is Refusal.CLIENT
 
 
+def test_an_empty_list_of_clients_is_nobody():
+    checked = policy(allow_clients=())
+    assert checked.check_client(CLIENT, 0.0) is Refusal.CLIENT
+    assert not checked.permits(Mapping(CLIENT, 80, parse_endpoint("8.8.8.8:80")))
+
+
 @pytest.mark.parametrize(("remote", "refusal"), [
     ("8.8.8.8:80", None), ("130.104.230.45:80", None), ("192.0.2.1:80", None),
     ("223.255.255.255:80", None),

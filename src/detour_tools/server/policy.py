@@ -94,10 +94,10 @@ class Rules:
     """What the administrator decides. ``rate`` is requests a second of one client, 0 is no limit;
     ``idle_timeout`` is in seconds.
 
-    With ``allow_clients`` empty, clients are those with private addresses.
+    With ``allow_clients`` None, clients are those with private addresses.
     """
 
-    allow_clients: tuple[Network, ...] = ()
+    allow_clients: tuple[Network, ...] | None = None
     allow_remotes: tuple[Network, ...] = ()
     forbid_ports: tuple[range, ...] = ()
     rate: float = 0.0
@@ -146,8 +146,8 @@ class Policy:
     def set_rules(self, rules: Rules) -> None:
         """Go by other rules from now on."""
         self.rules = rules
-        self._clients = (NetworkSet(rules.allow_clients) if rules.allow_clients
-                         else _PRIVATE_CLIENT_SET)
+        self._clients = (_PRIVATE_CLIENT_SET if rules.allow_clients is None
+                         else NetworkSet(rules.allow_clients))
         self._remotes = NetworkSet(rules.allow_remotes)
         self._limiter = RateLimiter(rules.rate)
 

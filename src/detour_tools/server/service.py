@@ -169,7 +169,8 @@ class Server:
             repairs=self._keeper.repairs,
             unprinted=self._requests.unprinted,
             policy=PolicyStatus(
-                allow_client=tuple(map(str, settings.allow_client)),
+                allow_client=(None if settings.allow_client is None
+                              else tuple(map(str, settings.allow_client))),
                 allow_remote=tuple(map(str, settings.allow_remote)),
                 forbid_port=settings.forbid_port,
                 rate=settings.rate,

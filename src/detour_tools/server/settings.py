@@ -16,14 +16,16 @@ RELOADABLE = ("allow_client", "allow_remote", "forbid_port", "rate", "max_per_cl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """``rate`` is requests a second of one client (0: no limit), ``idle_timeout`` seconds.
+    """``allow_client``: None is clients with private addresses, an empty tuple nobody.
+
+    ``rate`` is requests a second of one client (0: no limit), ``idle_timeout`` seconds.
 
     ``forbid_port`` are ports and ranges of them, as ``8080`` and ``9000-9100``.
     """
 
     listen: str = f"0.0.0.0:{mproxy.PORT}"
     backend: Literal["auto", "nftables", "iptables"] = "auto"
-    allow_client: tuple[Network, ...] = ()
+    allow_client: tuple[Network, ...] | None = None
     allow_remote: tuple[Network, ...] = ()
     forbid_port: tuple[str, ...] = ()
     rate: float = 100.0

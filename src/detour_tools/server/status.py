@@ -23,9 +23,12 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyStatus:
-    """The reloadable settings in force; ``rate`` in requests a second, ``idle_timeout`` seconds."""
+    """The reloadable settings in force; ``rate`` in requests a second, ``idle_timeout`` seconds.
 
-    allow_client: tuple[str, ...]
+    ``allow_client`` None: those with private addresses.
+    """
+
+    allow_client: tuple[str, ...] | None
     allow_remote: tuple[str, ...]
     forbid_port: tuple[str, ...]
     rate: float
@@ -76,7 +79,8 @@ class Status:
             ("refused", ", ".join(refused) or "nothing"),
             ("expired", str(self.expired)),
             ("lines not printed", str(self.unprinted)),
-            ("clients", ", ".join(policy.allow_client) or "private addresses"),
+            ("clients", "private addresses" if policy.allow_client is None
+             else ", ".join(policy.allow_client) or "nobody"),
             ("private remotes", ", ".join(policy.allow_remote) or "none"),
             ("forbidden ports", ", ".join(policy.forbid_port)
              or "none but those that this host listens on"),
