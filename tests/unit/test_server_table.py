@@ -20,6 +20,7 @@ ALICE = IPv4Address("10.0.1.1")
 BOB = IPv4Address("10.0.1.2")
 WEB = parse_endpoint("203.0.113.7:80")
 OTHER = parse_endpoint("203.0.113.8:80")
+THIRD = parse_endpoint("203.0.113.9:443")
 
 
 def nothing(_: int) -> bool:
@@ -92,13 +93,25 @@ def test_forbidden_ports_are_never_picked():
 
 def test_all_ports_of_a_client_can_be_picked_and_then_none():
     table = new_table()
-    picked = {ask(table, ALICE, Endpoint(WEB.address, number), 0)[1]
-              for number in range(1, ports.COUNT + 1)}
-    assert picked == set(range(ports.FIRST, ports.LAST + 1))
+    assert ask(table, ALICE, OTHER, 2000) == ("new", 2000)
+    picked = [ask(table, ALICE, Endpoint(WEB.address, number), 2000)[1]
+              for number in range(1, 65536 - ports.FIRST_OTHER)]
+    dynamic = set(range(ports.FIRST, ports.LAST + 1))
+    assert set(picked[:ports.COUNT]) == dynamic, "these come first"
+    assert set(picked) == set(range(ports.FIRST_OTHER, 65536)) - {2000}
     with pytest.raises(NoFreePortError):
-        ask(table, ALICE, OTHER, 0)
-    assert ask(table, ALICE, OTHER, 80) == ("new", 80)
+        ask(table, ALICE, THIRD, 0)
+    assert ask(table, ALICE, THIRD, 80) == ("new", 80)
     assert ask(table, BOB, OTHER, 0)[0] == "new"
+
+
+def test_a_port_above_1023_that_comes_free_is_picked_again():
+    table = new_table()
+    entries = [table.request(ALICE, Endpoint(WEB.address, number), 0, 0.0, nothing).entry
+               for number in range(1, 65537 - ports.FIRST_OTHER)]
+    gone = next(entry for entry in entries if entry.mapping.detour_port == 1024)
+    table.remove(gone)
+    assert ask(table, ALICE, OTHER, 0) == ("new", 1024)
 
 
 def test_a_port_costs_the_same_when_few_are_left_and_100000_mappings_are_there():

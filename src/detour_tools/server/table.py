@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.mapping import Mapping
-from detour_tools.server.ports import PortPool
+from detour_tools.server.ports import FIRST, FIRST_OTHER, PortPool
 
 
 class NoFreePortError(Exception):
@@ -50,6 +50,27 @@ class Entry:
 class _Client:
     ports: dict[int, Entry] = field(default_factory=dict)
     free: PortPool = field(default_factory=PortPool)
+    # Made when the dynamic ports are used up, which hardly ever is.
+    others: PortPool | None = None
+
+    def take(self, port: int) -> None:
+        self.free.take(port)
+        if self.others is not None:
+            self.others.take(port)
+
+    def put_back(self, port: int) -> None:
+        self.free.put_back(port)
+        if self.others is not None:
+            self.others.put_back(port)
+
+    def pools(self) -> Iterator[PortPool]:
+        """Those to pick from, in order of preference."""
+        yield self.free
+        if self.others is None:
+            self.others = PortPool(FIRST_OTHER, FIRST - 1)
+            for port in self.ports:
+                self.others.take(port)
+        yield self.others
 
 
 class MappingTable:
@@ -108,9 +129,9 @@ class MappingTable:
         free = proposed and proposed not in state.ports and not forbidden(proposed)
         if free:
             port = proposed
-            state.free.take(port)
+            state.take(port)
         else:
-            port = self._pick(state.free, forbidden)
+            port = self._pick(state, forbidden)
         entry = self._insert(state, Mapping(client, port, remote), now)
         return Decision(Outcome.NEW if free or not proposed else Outcome.MOVED, entry)
 
@@ -120,7 +141,7 @@ class MappingTable:
         state = self._clients.get(client) or _Client()
         if (client, remote) in self._by_remote or port in state.ports:
             return None
-        state.free.take(port)
+        state.take(port)
         return self._insert(state, mapping, now)
 
     def remove(self, entry: Entry) -> None:
@@ -130,7 +151,7 @@ class MappingTable:
         del self._by_use[entry.serial]
         state = self._clients[client]
         del state.ports[port]
-        state.free.put_back(port)
+        state.put_back(port)
         if not state.ports:
             del self._clients[client]
 
@@ -151,14 +172,15 @@ class MappingTable:
         self._by_use[entry.serial] = entry
         return entry
 
-    def _pick(self, free: PortPool, forbidden: Callable[[int], bool]) -> int:
-        passed_over = []
-        try:
-            while (port := free.draw(self._random)) is not None:
-                if not forbidden(port):
-                    return port
-                passed_over.append(port)
-        finally:
-            for each in passed_over:
-                free.put_back(each)
+    def _pick(self, state: _Client, forbidden: Callable[[int], bool]) -> int:
+        for pool in state.pools():
+            passed_over = []
+            try:
+                while (port := pool.draw(self._random)) is not None:
+                    if not forbidden(port):
+                        return port
+                    passed_over.append(port)
+            finally:
+                for each in passed_over:
+                    pool.put_back(each)
         raise NoFreePortError
