@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What of the host's firewall stands in the way is said, also when it comes while a server runs."""
+
+import pytest
+
+from tests.netns import asking
+from tests.netns.conftest import PRIVATE
+
+DROPS = {
+    "forward": ("{ type filter hook forward priority 0; policy drop; }",
+                "chain inet fw late has policy drop: detoured packets"),
+    "input": ("{ type filter hook input priority 0; policy drop; }",
+              "chain inet fw late has policy drop: clients' requests"),
+    "notrack": ("{ type filter hook prerouting priority raw; notrack; }",
+                "rule 'notrack' of chain inet fw late leaves detoured packets untracked"),
+}
+
+
+def said(host, words):
+    return any(words in text for text in asking.status(host)["warnings"])
+
+
+@pytest.mark.parametrize("what", DROPS)
+def test_a_chain_that_begins_to_drop_is_said(lab, start_server, backend, what):
+    text, words = DROPS[what]
+    detour = lab.host("detour")
+    server = start_server(detour, "--backend", backend, *PRIVATE)
+    server.wait_line("serving")
+    assert asking.status(detour)["warnings"] == []
+    detour.run(["nft", "-f", "-"], input=f"table inet fw {{ chain late {text}; }}")
+    server.wait_line(words, timeout=12)
+    assert said(detour, words)
+    detour.run(["nft", "delete", "table", "inet", "fw"])
+    server.wait_line("no longer so: .*" + words, timeout=12)
+    assert asking.status(detour)["warnings"] == []
+
+
+def test_a_latin_1_comment_hides_no_rule(lab, start_server, tmp_path):
+    detour = lab.host("detour")
+    rules = tmp_path / "rules"
+    rules.write_bytes(b'table ip fw { chain f { type filter hook forward priority 0; '
+                      b'counter drop comment "caf\xe9"; }; }\n')
+    detour.run(["nft", "-f", str(rules)])
+    server = start_server(detour, "--backend", "nftables", *PRIVATE)
+    server.wait_line("serving")
+    assert server.matching("rule 'drop' of chain ip fw f drops detoured packets")
+    assert not server.matching("cannot tell")
