@@ -10,7 +10,7 @@ from detour_tools.firewall.packet import Condition, Packet, arriving, mapped, re
 
 _DEPTH = 16  # of jumps, as the kernel allows
 _MAY_AT_MOST = 5
-_MAY = re.compile(r" may (drop|leave) ")
+_MAY = re.compile(r"' of chain [^']* may (drop|leave) [^']* packets")
 
 
 @dataclass(slots=True)
@@ -63,8 +63,13 @@ def warnings(chains: list[Chain], port: int, sources: Iterable[IPv4Network]) -> 
     by_hook = {"prerouting": [arriving()], "forward": [mapped()], "input": requests}
     found = list(dict.fromkeys(text for chain in chains for packet in by_hook.get(chain.hook, ())
                                for text in judge(chain, packet)))
-    possible = [text for text in found if _MAY.search(text)]
-    return [text for text in found if text not in possible] + possible[:_MAY_AT_MOST]
+    possible = [text for text in found if not is_certain(text)]
+    return [text for text in found if is_certain(text)] + possible[:_MAY_AT_MOST]
+
+
+def is_certain(warning: str) -> bool:
+    """Whether it says what does happen, not only what may."""
+    return not _MAY.search(warning)
 
 
 def _walk(chain: Chain, base: Chain, packet: Packet, certain: bool,
