@@ -2,6 +2,7 @@
 """What of the host's firewall stands in the way is said, also when it comes while a server runs."""
 
 import json
+import signal
 
 import pytest
 
@@ -91,3 +92,20 @@ def test_what_iptables_made_is_read(lab, tool):
     cure = warning.split(" with: ")[1].split()
     detour.run([tool if cure[0] == "iptables" else cure[0], *cure[1:]])
     assert check(detour) == (0, [])
+
+
+def test_other_clients_after_a_reload_are_looked_at(lab, start_server, tmp_path):
+    detour = lab.host("detour")
+    detour.run(["nft", "-f", "-"], input="""table ip fw {
+        chain f { type filter hook input priority 0; policy drop;
+            ip saddr 10.0.0.0/8 udp dport 45672 accept;
+        }
+    }""")
+    config = tmp_path / "server.toml"
+    config.write_text('allow-client = ["10.0.1.0/24"]\n')
+    server = start_server(detour, "--config", str(config), *PRIVATE)
+    server.wait_line("serving")
+    assert asking.status(detour)["warnings"] == []
+    config.write_text('allow-client = ["10.0.1.0/24", "192.0.2.0/24"]\n')
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_line("clients' requests from 192.0.2.0/24 will be dropped", timeout=12)

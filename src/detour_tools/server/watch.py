@@ -26,21 +26,22 @@ class FirewallWatch:
         self._sources = sources
         self._warnings = warnings
         self._looked_at: float | None = None
-        self._seen: int | None = None
+        self._seen: object = None
 
     async def check(self) -> None:
         """Look, if the rule set's generation is another one and the last look not too recent.
 
         Whatever fails here is no harm.
         """
-        now, generation = time.monotonic(), _generation()
+        now, sources = time.monotonic(), tuple(self._sources())
+        seen = (_generation(), sources)  # a reload may have changed the clients
         if self._looked_at is not None and now - self._looked_at < (
-                _AT_LEAST_EVERY if generation == self._seen else _AT_MOST_EVERY):
+                _AT_LEAST_EVERY if seen == self._seen else _AT_MOST_EVERY):
             return
         # Before the look: what changes meanwhile is for the next one.
-        self._looked_at, self._seen = now, generation
+        self._looked_at, self._seen = now, seen
         try:
-            found = await asyncio.to_thread(look.warnings, self._port, tuple(self._sources()))
+            found = await asyncio.to_thread(look.warnings, self._port, sources)
         except Exception as error:  # other people's rules may be anything
             found = [f"cannot tell whether a firewall drops detoured packets: {error}"]
         self._warnings.put("firewall", found)
