@@ -74,6 +74,7 @@ def bare(rule):
 
 @pytest.mark.parametrize("rules", [
     ("drop",),
+    ("tcp flags & (fin|syn|rst|ack) == { syn|ack, syn } drop",),
     ("meta l4proto != udp drop",),
     ("ct state vmap { new : drop }",),
     ("tcp flags & (fin|syn|rst|ack) == syn drop",),
@@ -232,6 +233,17 @@ def read(name):
 def test_what_others_make(name, said):
     """Rule sets of their shapes, loaded by nft 1.0.6 and iptables-nft, and listed."""
     assert read(name) == said
+
+
+def test_elements_with_comments():
+    assert " drops " in forward("accept", 'ct state { new comment "c" } drop')[0]
+    assert requests("drop", 'udp dport { 45672 comment "c" } accept') == []
+
+
+@pytest.mark.parametrize("line", [
+    "-A FORWARD -p", "-A FORWARD -m", "-A FORWARD", "-P INPUT", "-P"])
+def test_what_iptables_never_prints_hides_nothing(line):
+    assert "policy drop" in iptables("-P FORWARD DROP", line)[0]
 
 
 def test_text_that_is_no_utf8():

@@ -40,9 +40,9 @@ def chains(text: str, tool: str, table: str = "filter") -> list[Chain]:
                 f"ip {table} {name}")
             found[name] = Chain(of, f"{tool if called else 'iptables'}{where} -I {name}",
                                 "iptables", siblings=found)
-            if words[0] == "-P":
+            if words[0] == "-P" and len(words) > 2:
                 found[name].hook, found[name].policy = _HOOKS.get(name, ""), words[2].lower()
-        elif words[:1] == ["-A"] and words[1] in found and (
+        elif words[:1] == ["-A"] and len(words) > 2 and words[1] in found and (
                 rule := _rule(line.split(maxsplit=2)[2], words[2:])) is not None:
             found[words[1]].rules.append(rule)
     return [chain for chain in found.values() if chain.hook]
@@ -59,8 +59,8 @@ def _rule(text: str, words: list[str]) -> Rule | None:
             verdict = _VERDICTS.get(target, f"{'jump' if option == '-j' else 'goto'} {target}")
             return Rule(text, tuple(conditions), verdict)
         if option == "-p":
-            protocol = values[0]
-        if option == "--comment" or (option == "-m" and values[0] in _MODULES):
+            protocol = " ".join(values)
+        if option == "--comment" or (option == "-m" and _MODULES.issuperset(values)):
             continue
         conditions.append(_condition(option, values, negated, protocol))
     return None
@@ -86,7 +86,7 @@ def _options(words: list[str]) -> Iterator[tuple[str, list[str], bool]]:
 def _condition(option: str, values: list[str], negated: bool, protocol: str) -> Condition:
     if option == "--tcp-flags" and len(values) == 2:
         mask, flags = ([flag.lower() for flag in value.split(",")] for value in values)
-        return Condition("tcp flags", tuple(flags), negated, tuple(mask))
+        return Condition("tcp flags", (frozenset(flags) - {"none"},), negated, frozenset(mask))
     key = f"{protocol or 'th'} dport" if option in _PORTS else _KEYS.get(option, "")
     if not key or len(values) != 1:
         return Condition()

@@ -93,13 +93,20 @@ def _condition(match: dict[str, Any]) -> Condition:
     if op not in ("==", "in", "!=", "!"):
         return Condition()
     negated = op in ("!=", "!")
-    mask = None
+    values = right.get("set", right.get("|", right)) if isinstance(right, dict) else right
     if "&" in left:
         left, bits = left["&"]
-        mask = tuple(bits) if isinstance(bits, list) else (bits,)
-    values = right.get("set", right.get("|", right)) if isinstance(right, dict) else right
-    listed = tuple(values) if isinstance(values, list) else (values,)
-    return Condition(_key(left), listed, negated, mask)
+        wanted = right["set"] if isinstance(right, dict) and "set" in right else [right]
+        return Condition(_key(left), tuple(frozenset(_flags(each)) - {0} for each in wanted),
+                         negated, frozenset(_flags(bits)))
+    return Condition(_key(left), tuple(values) if isinstance(values, list) else (values,), negated)
+
+
+def _flags(bits: Any) -> list[Any]:
+    """What nft joins with "|", as a list or as one in another; [None] of anything else."""
+    if isinstance(bits, dict):
+        bits = bits.get("|", [None])
+    return [flag for each in bits for flag in _flags(each)] if isinstance(bits, list) else [bits]
 
 
 def _key(left: Any) -> str:
@@ -133,9 +140,8 @@ def _text(part: dict[str, Any]) -> str:
         op = "" if what["op"] in ("==", "in") else f"{what['op']} "
         left = what["left"]["&"][0] if "&" in what["left"] else what["left"]
         if "&" in what["left"]:
-            bits = what["left"]["&"][1]
-            mask = f"({'|'.join(map(str, bits))})" if isinstance(bits, list) else str(bits)
-            op = f"& {mask} {what['op']} "
+            bits = _flags(what["left"]["&"][1])
+            op = f"& {_joined(bits)} {what['op']} "
         return f"{_short(_key(left))} {op}{_value(what['right'], quoted='name' in _key(left))}"
     if kind == "vmap":
         data = what["data"]
@@ -159,6 +165,10 @@ def _text(part: dict[str, Any]) -> str:
     return "" if kind in ("counter", "comment") else kind
 
 
+def _joined(flags: list[Any]) -> str:
+    return f"({'|'.join(map(str, flags))})" if len(flags) > 1 else str(flags[0])
+
+
 def _short(key: str) -> str:
     name = key.removeprefix("meta ")
     return (name if name in ("iif", "iifname", "oif", "oifname", "mark") else key) or "..."
@@ -172,7 +182,7 @@ def _value(value: Any, *, quoted: bool = False) -> str:
             return "{addr}/{len}".format(**value["prefix"])
         if "set" in value:
             return f"{{ {', '.join(_value(each, quoted=quoted) for each in value['set'])} }}"
-        return "..."
+        return "|".join(map(str, _flags(value))) if "|" in value else "..."
     if isinstance(value, list):
         return ",".join(map(_value, value))
     return f'"{value}"' if quoted and not str(value).startswith("@") else str(value)

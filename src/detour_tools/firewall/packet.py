@@ -18,7 +18,7 @@ _PORTS = ("udp dport", "th dport")
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What a rule asks for: one of ``values``; with ``mask``, all of them and no other of it.
+    """What a rule asks for: one of ``values``; with ``mask``, of its flags just those of a value.
 
     ``key`` is empty where nobody can tell whether a packet meets it.
     """
@@ -26,7 +26,7 @@ class Condition:
     key: str = ""
     values: tuple[Any, ...] = ()
     negated: bool = False
-    mask: tuple[Any, ...] | None = None
+    mask: frozenset[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,9 @@ class Packet:
         return False not in (met for _, met in found) and any(
             key in self.meant and (met or key == "ip saddr") for key, met in found)
 
-    def _masked(self, key: str, values: tuple[Any, ...], mask: tuple[Any, ...]) -> bool | None:
+    def _masked(self, key: str, values: tuple[Any, ...], mask: frozenset[Any]) -> bool | None:
         known = self.known.get(key)
-        return None if known is None else known & set(mask) == set(values) - {0}
+        return None if known is None else (known & mask) in values
 
     def _is(self, key: str, value: Any) -> bool | None:
         if key == "ip saddr":
@@ -79,7 +79,7 @@ class Packet:
                 return any(first <= each <= last for each in known)
             except (KeyError, TypeError, ValueError):
                 return None
-        return value in known
+        return None if isinstance(value, list) else value in known
 
     def _comes_from(self, wanted: list[IPv4Network]) -> bool | None:
         if any(network.prefixlen == 0 for network in wanted):
