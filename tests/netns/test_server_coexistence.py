@@ -228,7 +228,7 @@ def test_a_comment_with_a_line_break_does_not_stop_the_server(lab, start_server,
 
 def test_a_firewall_that_cannot_be_read_does_not_stop_the_server(lab, start, backend, tmp_path):
     detour = lab.host("detour")
-    code = ("from detour_tools.nat import forwarding; forwarding.warnings = lambda: [][0]; "
+    code = ("from detour_tools.firewall import look; look.warnings = lambda *_: [][0]; "
             "from detour_tools.cli.server import main; main()")
     server = start(detour, [sys.executable, "-c", code, "--backend", backend])
     server.wait_line("cannot tell whether a firewall drops .* list index out of range")

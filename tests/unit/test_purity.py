@@ -12,7 +12,8 @@ import detour_tools
 PACKAGE = Path(detour_tools.__file__).parent
 PURE = ("mproxy/__init__.py", "mproxy/v1.py", "mproxy/errors.py", "server/table.py",
         "server/ports.py", "server/policy.py", "server/status.py", "server/warnings.py",
-        "endpoint.py", "mapping.py", "nat/xtables.py",
+        "endpoint.py", "mapping.py", "nat/xtables.py", "firewall/packet.py", "firewall/judge.py",
+        "firewall/nft.py", "firewall/legacy.py",
         "client/machine.py", "client/offers.py", "client/detours.py", "netlink/codec.py",
         "pathmanager/codec.py", "pathmanager/detour_codec.py", "lab/topology.py", "lab/graph.py")
 IMPURE = {"socket", "asyncio", "time", "subprocess", "threading", "select", "pyroute2", "signal"}

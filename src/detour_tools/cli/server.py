@@ -15,7 +15,7 @@ try:
     from rich.table import Table
 
     from detour_tools import config, control, log
-    from detour_tools.cli import common
+    from detour_tools.cli import common, firewall
     from detour_tools.nat.choose import CHOICES
     from detour_tools.server.service import PROGRAM, Server
     from detour_tools.server.settings import Settings
@@ -41,6 +41,7 @@ examples:
   detour-server status                           how is it?
   detour-server list --json                      its mappings, for a program
   detour-server flush --client 10.0.1.1          drop a client's mappings and cut their flows
+  detour-server firewall check                   do rules of this host stand in the way?
 """
 
 
@@ -49,9 +50,10 @@ def main() -> NoReturn:
     common.run(PROGRAM, _main)
 
 
-def _main() -> None:
+def _main() -> int | None:
     arguments = _parser().parse_args()
-    arguments.run(arguments)
+    result: int | None = arguments.run(arguments)
+    return result
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     flush.add_argument("--client", metavar="ADDRESS", help="of this client only")
     flush.add_argument("--remote", metavar="ADDRESS:PORT", help="to this remote only")
     flush.set_defaults(run=_flush)
+    firewall.add_to(commands, PROGRAM)
     for command in (status, listing, flush):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -71,13 +71,6 @@ _LABEL = f"ct state new {_MAPPED} ct label set {LABEL}"
 _CHUNK = 4096
 
 
-def ruleset_text() -> str:
-    """All of the host's nftables rules, without the contents of sets; raises UserError."""
-    nft = _context()
-    nft.set_terse_output(True)
-    return str(nft.cmd("list ruleset")[1])
-
-
 def _context() -> Any:
     try:
         NfTables().close()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from ipaddress import IPv4Network
 from typing import Any
 
 from detour_tools import mproxy, runtime, sdnotify
@@ -28,6 +29,7 @@ from detour_tools.server.settings import RELOADABLE, Settings
 from detour_tools.server.status import PolicyStatus, Status
 from detour_tools.server.upkeep import Upkeep
 from detour_tools.server.warnings import Warnings
+from detour_tools.server.watch import FirewallWatch
 
 PROGRAM = "detour-server"
 
@@ -48,7 +50,9 @@ class Server:
         self._keeper = Keeper(settings.max_mappings)
         self._warnings = Warnings()
         self._requests: Requests | None = None
-        self._upkeep = Upkeep(self._keeper, self._policy, self._warnings, self._received)
+        firewall = FirewallWatch(parse_endpoint(settings.listen, mproxy.PORT).port,
+                                 self._client_networks, self._warnings)
+        self._upkeep = Upkeep(self._keeper, self._policy, firewall, self._received)
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM. Raises UserError."""
@@ -105,6 +109,10 @@ class Server:
         finally:
             await self._keeper.stop()
             switch.put_back()
+
+    def _client_networks(self) -> list[IPv4Network]:
+        return [network for network in self._settings.allow_client
+                if isinstance(network, IPv4Network)]
 
     def _received(self) -> int:
         return self._requests.counters.received if self._requests else 0

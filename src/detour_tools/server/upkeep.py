@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from detour_tools.endpoint import IPAddress
-from detour_tools.nat import forwarding
 from detour_tools.nat.base import NatError
 from detour_tools.netlink.addresses import own_addresses
 from detour_tools.server.garbage import QuietCollector
 from detour_tools.server.keeper import Keeper
 from detour_tools.server.policy import Policy
 from detour_tools.server.table import Entry
-from detour_tools.server.warnings import Warnings
+from detour_tools.server.watch import FirewallWatch
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +26,12 @@ _ENTRIES_A_TURN = 1000
 class Upkeep:
     """The server's periodic work. ``received`` tells how many datagrams came since the start."""
 
-    def __init__(self, keeper: Keeper, policy: Policy, warnings: Warnings,
+    def __init__(self, keeper: Keeper, policy: Policy, firewall: FirewallWatch,
                  received: Callable[[], int]) -> None:
         self.expired = 0
         self._keeper = keeper
         self._policy = policy
-        self._warnings = warnings
+        self._firewall = firewall
         self._received = received
         self._own: frozenset[IPAddress] = frozenset()
 
@@ -40,7 +39,7 @@ class Upkeep:
         """The first look, before anybody is served."""
         self._see_addresses()
         await self.remove_forbidden()
-        await self._look_at_firewall()
+        await self._firewall.check()
 
     async def check(self) -> None:
         """Look every two seconds what others did to the host, for ever."""
@@ -50,6 +49,7 @@ class Upkeep:
             await self._keeper.check()
             if self._see_addresses():
                 await self.remove_forbidden()
+            await self._firewall.check()
             collector.run(self._received(), time.monotonic())
 
     async def sweep(self) -> None:
@@ -102,11 +102,3 @@ class Upkeep:
         with contextlib.suppress(OSError):  # the next look tells
             self._own = own_addresses()
         return self._own != before
-
-    async def _look_at_firewall(self) -> None:
-        """Whatever fails here is no harm."""
-        try:
-            found = await asyncio.to_thread(forwarding.warnings)
-        except Exception as error:  # other people's rules may be anything
-            found = [f"cannot tell whether a firewall drops detoured packets: {error}"]
-        self._warnings.put("firewall", found)

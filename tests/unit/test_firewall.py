@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which firewalls stand in the way, judged from what nft (in rulesets/) and iptables print."""
+
+import json
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+
+from detour_tools.firewall import judge, legacy, nft
+
+RULESETS = Path(__file__).parent / "rulesets"
+# Rules as nft 1.0.6 printed them in JSON, by what it was told.
+RULES = json.loads((RULESETS / "rules.json").read_text(encoding="utf-8"))
+PORT = 45672
+
+
+def warnings(objects, *sources, iptables=()):
+    return judge.warnings([*nft.chains(objects), *iptables], PORT, map(IPv4Network, sources))
+
+
+def ruleset(family, policy, rules, hook="forward", **others):
+    where = {"family": family, "table": "fw"}
+    objects = [{"chain": {**where, "name": "f", "type": "filter", "hook": hook, "prio": 0,
+                          "policy": policy}}]
+    objects += [{"chain": {**where, "name": name}} for name in others]
+    return objects + [{"rule": {**where, "chain": name, "expr": RULES[rule]}}
+                      for name, listed in {"f": rules, **others}.items() for rule in listed]
+
+
+def forward(policy, *rules, family="ip", **others):
+    return warnings(ruleset(family, policy, rules, **others))
+
+
+def requests(policy, *rules, sources=(), before=()):
+    return warnings(ruleset("ip", policy, rules, "input")
+                    + [{kind: {**what, "table": "raw"}} for item in
+                       ruleset("ip", "accept", before, "prerouting")
+                       for kind, what in item.items()], *sources)
+
+
+def iptables(*lines, tool="iptables-legacy", table="filter"):
+    return warnings([], iptables=legacy.chains("\n".join(lines), tool, table))
+
+
+@pytest.mark.parametrize("rules", [
+    (),
+    ("counter packets 5 bytes 300",),
+    ("ct state invalid drop",),
+    ("ct state invalid,untracked drop", "ct state established,related accept"),
+    ("meta l4proto udp drop", "ip protocol icmp drop", "udp dport 53 reject"),
+    ("meta nfproto ipv6 drop",),
+    ("ct status dnat accept", "drop"),
+    ("ct status & dnat == dnat accept", "drop"),
+    ("ct label 97 accept", "drop"),
+    ("ct state vmap { invalid : drop, established : accept, new : accept }", "drop"),
+    ("meta l4proto != tcp drop", "ct state != new drop", "udp dport != 53 drop"),
+    ("tcp flags & (fin|syn|rst|ack) != syn ct state new drop",),
+    ("meta l4proto tcp counter packets 0 bytes 0 accept", "reject with icmp port-unreachable"),
+    ('counter packets 1 bytes 2 accept comment "drop nothing"', "drop"),
+    ("ct state vmap { invalid : drop, established : accept }",),
+    ('log prefix "drop " level info',),
+    ("return", "drop"),
+])
+def test_nothing_to_say(rules):
+    assert forward("accept", *rules) == []
+
+
+def bare(rule):
+    """Counters and comments are not repeated: they would make it another warning each time."""
+    return rule.replace("counter packets 1 bytes 2 ", "").replace(' comment "no"', "").replace(
+        " with icmp port-unreachable", "")
+
+
+@pytest.mark.parametrize("rules", [
+    ("drop",),
+    ("tcp flags & (fin|syn|rst|ack) == { syn|ack, syn } drop",),
+    ("meta l4proto != udp drop",),
+    ("ct state vmap { new : drop }",),
+    ("tcp flags & (fin|syn|rst|ack) == syn drop",),
+    ("counter packets 1 bytes 2 drop",),
+    ("ct state established,related accept", "reject with icmp port-unreachable"),
+    ('tcp dport 80 accept', 'meta l4proto { tcp, udp } drop comment "no"'),
+    ('log prefix "forward " drop',),
+    ("ct state new drop",),
+])
+def test_a_rule_that_drops(rules):
+    assert forward("accept", *rules) == [
+        f"rule '{bare(rules[-1])}' of chain ip fw f drops detoured packets; "
+        "allow them before it with: nft insert rule ip fw f ct label 97 accept"]
+
+
+@pytest.mark.parametrize("rule", [
+    'iifname "eth0" drop', "tcp dport 25 reject", "ip saddr @s drop",
+    "limit rate over 3/second drop", "tcp dport vmap { 25 : drop }",
+])
+def test_a_rule_that_may_drop(rule):
+    assert forward("accept", rule) == [
+        f"rule '{rule}' of chain ip fw f may drop detoured packets; allow them before it with: "
+        "nft insert rule ip fw f ct label 97 accept"]
+
+
+def test_policies():
+    said = ("chain inet fw f has policy drop: detoured packets will be dropped; allow them with: "
+            "nft insert rule inet fw f ct label 97 accept")
+    assert forward("drop", family="inet") == [said]
+    assert forward("drop", "ct state established,related accept", 'oifname "lan" accept',
+                   family="inet") == [said]
+    assert forward("drop", "ct status dnat counter packets 0 bytes 0 accept") == []
+    assert forward("drop", "meta l4proto tcp accept") == []
+    assert forward("drop", family="ip6") == [], "not our packets"
+
+
+def test_chains_that_are_jumped_to():
+    g = ("tcp dport 25 return", "drop")
+    assert forward("accept", "jump g", g=g) == [
+        "rule 'drop' of chain ip fw g drops detoured packets; allow them before it with: "
+        "nft insert rule ip fw f ct label 97 accept"]
+    assert "may drop" in forward("accept", 'iifname "eth0" jump g', g=g)[0]
+    accept = ("meta l4proto tcp accept",)
+    assert forward("drop", "jump g", g=accept) == []
+    assert forward("drop", "goto g", g=accept) == []
+    assert forward("accept", "jump g") == []
+    assert "drops" in forward(
+        "accept", "meta l4proto vmap { tcp : jump g, udp : accept }", g=("drop",))[0]
+
+
+def test_after_a_goto_comes_the_policy():
+    assert "policy drop" in forward("drop", "goto g", "meta l4proto tcp accept",
+                                    g=("tcp dport 25 return",))[0]
+    assert forward("drop", "jump g", "meta l4proto tcp accept", g=("tcp dport 25 return",)) == []
+
+
+def test_the_cure_fits_iptables_nft():
+    objects = [{"chain": {"family": "ip", "table": "filter", "name": "FORWARD", "type": "filter",
+                          "hook": "forward", "policy": "drop"}}]
+    assert warnings(objects) == [
+        "chain ip filter FORWARD has policy drop: detoured packets will be dropped; "
+        "allow them with: iptables -I FORWARD -m connlabel --label 97 -j ACCEPT"]
+
+
+def test_other_hooks_do_not_count():
+    assert warnings(ruleset("ip", "drop", ("drop",), "output")) == []
+    assert warnings(ruleset("ip", "drop", ("drop",), "input"))[0].startswith(
+        "rule 'drop' of chain ip fw f drops clients' requests"), "of input, only requests"
+
+
+@pytest.mark.parametrize(("rules", "sources"), [
+    (("udp dport 45672 accept",), ()),
+    (("udp dport { 53, 45672 } accept",), ()),
+    (("udp dport 40000-50000 accept",), ()),
+    (("ip saddr 10.0.0.0/8 accept",), ("10.1.0.0/16",)),
+    (("ip saddr 10.0.0.0/8 udp dport 45672 accept",), ()),
+    (("ip saddr 10.0.0.0/8 udp dport 45672 accept",), ("10.1.0.0/16",)),
+    (("ct state vmap { invalid : drop, established : accept, new : accept }",), ()),
+])
+def test_requests_that_come_in(rules, sources):
+    assert requests("drop", *rules, sources=sources) == []
+
+
+@pytest.mark.parametrize(("rules", "sources"), [
+    ((), ()),
+    (("tcp dport 80 accept", 'iifname "lo" accept', "ct state established,related accept"), ()),
+    (("ct status dnat accept", "ct label 97 accept"), ()),
+])
+def test_a_policy_that_drops_requests(rules, sources):
+    assert requests("drop", *rules, sources=sources) == [
+        "chain ip fw f has policy drop: clients' requests will be dropped; allow them with: "
+        "nft insert rule ip fw f udp dport 45672 accept"]
+
+
+def test_the_network_whose_requests_are_dropped_is_named():
+    rule = "ip saddr 192.0.2.0/24 udp dport 45672 accept"
+    assert requests("drop", rule, sources=("192.0.2.0/25", "10.0.0.0/8")) == [
+        "chain ip fw f has policy drop: clients' requests from 10.0.0.0/8 will be dropped; "
+        "allow them with: nft insert rule ip fw f ip saddr 10.0.0.0/8 udp dport 45672 accept"]
+
+
+def test_a_rule_that_only_may_drop_requests_is_not_said():
+    assert requests("accept", "limit rate over 3/second drop", "ip saddr @s drop") == []
+
+
+@pytest.mark.parametrize(("rule", "how"), [
+    ("notrack", "leaves"), ("meta l4proto tcp notrack", "leaves"),
+    ("tcp dport 80 notrack", "may leave"),
+])
+def test_notrack(rule, how):
+    assert warnings(ruleset("ip", "accept", (rule,), "prerouting")) == [
+        f"rule '{rule}' of chain ip fw f {how} detoured packets untracked, so that nothing is "
+        "translated; let them pass before it with: "
+        "nft insert rule ip fw f fib daddr type local meta l4proto tcp accept"]
+
+
+def test_no_notrack_of_detoured_packets():
+    assert warnings(ruleset("ip", "drop", (
+        "meta l4proto udp notrack", "fib saddr . iif oif missing drop"), "prerouting")) == []
+    cured = ("fib daddr type local meta l4proto tcp accept", "notrack")
+    assert warnings(ruleset("ip", "accept", cured, "prerouting")) == []
+
+
+def test_an_untracked_request():
+    drops = requests("accept", "ct state untracked drop", before=("meta l4proto udp notrack",))
+    assert drops[0].startswith("rule 'ct state untracked drop' of chain ip fw f drops clients'")
+    assert requests("accept", "ct state untracked drop") == []
+
+
+def read(name):
+    objects = nft.parse((RULESETS / f"{name}.json").read_bytes())
+    printed = RULESETS / f"{name}.iptables"
+    more = legacy.chains(printed.read_text(), "iptables-nft") if printed.exists() else []
+    tables = nft.xtables(objects)
+    return judge.warnings([*nft.chains(objects, without=tables), *more], PORT, ())
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("debian", ["chain inet filter input has policy drop: clients' requests will be dropped; "
+                "allow them with: nft insert rule inet filter input udp dport 45672 accept"]),
+    ("docker", ["chain ip filter FORWARD has policy drop: detoured packets will be dropped; allow "
+                "them with: iptables -I FORWARD -m connlabel --label 97 -j ACCEPT"]),
+    ("firewalld", ["rule 'reject with icmpx admin-prohibited' of chain inet firewalld "
+                   "filter_INPUT drops clients' requests; allow them before it with: nft insert "
+                   "rule inet firewalld filter_INPUT udp dport 45672 accept"]),
+    ("libvirt", ["rule 'oifname \"virbr0\" reject' of chain ip libvirt_network guest_input may "
+                 "drop detoured packets; allow them before it with: nft insert rule ip "
+                 "libvirt_network forward ct label 97 accept"]),
+    ("ufw", ["chain ip filter INPUT has policy drop: clients' requests will be dropped; allow "
+             "them with: iptables -I INPUT -p udp --dport 45672 -j ACCEPT",
+             "chain ip filter FORWARD has policy drop: detoured packets will be dropped; allow "
+             "them with: iptables -I FORWARD -m connlabel --label 97 -j ACCEPT"]),
+    ("latin1", ["rule 'drop' of chain ip fw f drops detoured packets; allow them before it with: "
+                "nft insert rule ip fw f ct label 97 accept"]),
+])
+def test_what_others_make(name, said):
+    """Rule sets of their shapes, loaded by nft 1.0.6 and iptables-nft, and listed."""
+    assert read(name) == said
+
+
+def test_elements_with_comments():
+    assert " drops " in forward("accept", 'ct state { new comment "c" } drop')[0]
+    assert requests("drop", 'udp dport { 45672 comment "c" } accept') == []
+
+
+@pytest.mark.parametrize("line", [
+    "-A FORWARD -p", "-A FORWARD -m", "-A FORWARD", "-P INPUT", "-P"])
+def test_what_iptables_never_prints_hides_nothing(line):
+    assert "policy drop" in iptables("-P FORWARD DROP", line)[0]
+
+
+def test_text_that_is_no_utf8():
+    text = b'{"nftables": [{"table": {"family": "ip", "name": "t", "comment": "caf\xe9"}}]}'
+    assert nft.chains(nft.parse(text)) == []
+
+
+def test_legacy():
+    cure = "iptables-legacy -I FORWARD -m connlabel --label 97 -j ACCEPT"
+    assert iptables("-P FORWARD ACCEPT", "-P OUTPUT ACCEPT") == []
+    assert iptables("-P FORWARD DROP") == [
+        "chain FORWARD (legacy iptables) has policy drop: detoured packets will be dropped; "
+        f"allow them with: {cure}"]
+    assert iptables("-P FORWARD DROP",
+                  "-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT") == []
+    assert iptables("-P FORWARD DROP", '-A FORWARD -m connlabel --label "97" -j ACCEPT') == []
+    assert iptables("-P FORWARD ACCEPT", "-A FORWARD -p udp -j DROP",
+                  "-A FORWARD -m conntrack --ctstate INVALID -j DROP",
+                  "-A FORWARD -m state --state RELATED,ESTABLISHED -j ACCEPT",
+                  '-A FORWARD -p tcp -m comment --comment "all else" -j REJECT '
+                  "--reject-with icmp-port-unreachable") == [
+        "rule '-p tcp -m comment --comment \"all else\" -j REJECT --reject-with "
+        "icmp-port-unreachable' of chain FORWARD (legacy iptables) drops detoured packets; "
+        f"allow them before it with: {cure}"]
+    assert iptables("-P FORWARD ACCEPT", "-N X", "-A FORWARD -i eth0 -j X", "-A X -j DROP") == [
+        "rule '-j DROP' of chain X (legacy iptables) may drop detoured packets; "
+        f"allow them before it with: {cure}"]
