@@ -111,7 +111,7 @@ class Server:
             switch.put_back()
 
     def _client_networks(self) -> list[IPv4Network]:
-        return [network for network in self._settings.allow_client
+        return [network for network in self._settings.allow_client or ()
                 if isinstance(network, IPv4Network)]
 
     def _received(self) -> int:
