@@ -11,7 +11,10 @@ import grp
 import json
 import logging
 import os
+import re
 import socket
+import struct
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,15 @@ log = logging.getLogger(__name__)
 Handler = Callable[[dict[str, Any]], Awaitable[Any]]
 
 _LINE_LIMIT = 64 * 1024
-_IDLE_SECONDS = 10.0
+# Of all requests of a connection, and of an answer.
+_SECONDS = 10.0
+_CONNECTIONS = 16
+# A page of mappings takes some 120 KiB.
+_ANSWER_LIMIT = 16 << 20
+# struct ucred: pid, uid, gid (unix(7), SO_PEERCRED)
+_UCRED = struct.Struct("=iII")
+# C0, DEL, C1 and what turns the direction of writing: a terminal obeys them.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _UNITS = Path("/etc/systemd/system")
 
 
@@ -50,6 +61,7 @@ class ControlServer:
         self._handlers = handlers
         self._group = group
         self._server: asyncio.Server | None = None
+        self._connections = 0
 
     async def start(self) -> None:
         """Listen; raises UserError when the group does not exist."""
@@ -75,15 +87,28 @@ class ControlServer:
             self._path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections += 1
         try:
-            while line := await asyncio.wait_for(reader.readline(), _IDLE_SECONDS):
-                writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
-                await asyncio.wait_for(writer.drain(), _IDLE_SECONDS)
+            if self._connections > _CONNECTIONS:
+                writer.write(_line({"error": "too many ask at once: try again"}))
+            else:
+                await self._converse(reader, writer)
         except (OSError, ValueError, TimeoutError) as error:
             log.debug("control connection ended: %s", error)
             writer.transport.abort()  # with what it does not read
         finally:
+            self._connections -= 1
             writer.close()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Who sends nothing, or bit by bit, has a place for so long and no longer.
+        now = asyncio.get_running_loop().time
+        deadline = now() + _SECONDS
+        while line := await asyncio.wait_for(reader.readline(), deadline - now()):
+            began = now()
+            writer.write(_line(await self._answer(line)))
+            deadline += now() - began  # our own time is not his
+            await asyncio.wait_for(writer.drain(), _SECONDS)
 
     async def _answer(self, line: bytes) -> dict[str, Any]:
         try:
@@ -95,6 +120,13 @@ class ControlServer:
             return {"result": await handler(request)}
         except UserError as error:
             return {"error": str(error)}
+        except Exception:
+            log.exception("cannot answer %r", request["command"])
+            return {"error": f"{self._program} failed to answer: its log tells why"}
+
+
+def _line(answer: dict[str, Any]) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
 
 
 def _how_to_start(program: str) -> str:
@@ -110,24 +142,62 @@ def call(program: str, command: str, **arguments: Any) -> Any:
     """
     path = socket_path(program)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(_IDLE_SECONDS)
+        connection.settimeout(_SECONDS)
         try:
             connection.connect(str(path))
+            _check_peer(connection, path)
         except (FileNotFoundError, ConnectionRefusedError):
             raise UserError(f"no {program} runs in this network namespace",
                             _how_to_start(program)) from None
         except PermissionError:
             raise UserError(f"may not speak to {program}",
                             "run it as root or as a member of its control group") from None
-        try:
-            with connection.makefile("rwb") as stream:
-                stream.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
-                stream.flush()
-                answer = json.loads(stream.readline() or b"{}")
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise UserError(f"{program} did not answer: {error}") from None
+        try:
+            connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            answer = json.loads(_read_line(connection) or b"{}")
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{program} did not answer: {_escaped(str(error))}") from None
+    if not isinstance(answer, dict):
+        raise UserError(f"{program} gave an answer that is none")
     if "error" in answer:
-        raise UserError(answer["error"])
+        raise UserError(_escaped(str(answer["error"])))
     if "result" not in answer:
         raise UserError(f"{program} ended while it was asked")
-    return answer["result"]
+    return _escaped(answer["result"])
+
+
+def _check_peer(connection: socket.socket, path: Path) -> None:
+    """Raise UserError unless root, we ourselves or the folder's owner answer."""
+    _, uid, _ = _UCRED.unpack(connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    if uid not in (0, os.geteuid(), path.parent.stat().st_uid):
+        raise UserError(f"user {uid} answers at {path}, whose folder is another's",
+                        "nothing was asked; find out how that came about")
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    """A line of at most _ANSWER_LIMIT bytes that is whole in time. Raises OSError, ValueError."""
+    deadline = time.monotonic() + _SECONDS
+    found = bytearray()
+    while not found.endswith(b"\n"):
+        connection.settimeout(max(deadline - time.monotonic(), 0.001))
+        part = connection.recv(1 << 16)
+        if not part:
+            break
+        found += part
+        if len(found) > _ANSWER_LIMIT:
+            raise ValueError("the answer is too long")
+    return bytes(found)
+
+
+def _escaped(value: Any) -> Any:
+    """The same with what a terminal would obey written out, in all texts."""
+    if isinstance(value, str):
+        return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), value)
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(each) for key, each in value.items()}
+    return value

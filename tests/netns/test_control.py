@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The control socket between parties that do not trust each other."""
+
+import contextlib
+import itertools
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from detour_tools import control, runtime
+from detour_tools.errors import UserError
+from detour_tools.lab import namespaces
+from tests.netns import asking
+
+PROGRAM = f"impostor-{os.getpid()}"
+
+Impostor = Callable[[Callable[[socket.socket], None]], None]
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """The socket of a daemon that is none."""
+    folder = runtime.make_directory(PROGRAM)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
+        made.bind(str(control.socket_path(PROGRAM)))
+        made.listen()
+        yield made
+    shutil.rmtree(folder.parent)
+
+
+@pytest.fixture
+def impostor(listener: socket.socket) -> Impostor:
+    """A daemon that answers what it likes: ``impostor(lambda connection: ...)``."""
+    def answer(how: Callable[[socket.socket], None]) -> None:
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1024)
+                    how(connection)
+        threading.Thread(target=serve, daemon=True).start()
+    return answer
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    (b'{"error": "\\u001b]0;owned\\u0007\\u009b2J"}\n', r"\\x1b\]0;owned\\x07\\x9b2J"),
+    (b"[]\n", "an answer that is none"),
+    (b"[" * 100_000 + b"\n", "did not answer"),
+    (b'{"result": ', "did not answer"),
+    (b"\xff\n", "did not answer"),
+    (b"", "ended while it was asked"),
+])
+def test_a_bad_answer_is_one_harmless_line(impostor: Impostor, answer: bytes, words: str):
+    impostor(lambda connection: connection.sendall(answer))
+    with pytest.raises(UserError, match=words) as caught:
+        control.call(PROGRAM, "status")
+    assert str(caught.value).isprintable()
+
+
+def test_what_is_printed_of_an_answer_is_escaped(impostor: Impostor):
+    impostor(lambda connection: connection.sendall(
+        b'{"result": {"listen": ["\\u001b[2J", "\\u202e", "10.0.0.1:1"]}}\n'))
+    assert control.call(PROGRAM, "status") == {
+        "listen": ["\\x1b[2J", "\\u202e", "10.0.0.1:1"]}
+
+
+def test_an_endless_answer_is_not_kept(impostor: Impostor, monkeypatch):
+    monkeypatch.setattr(control, "_ANSWER_LIMIT", 1 << 20)
+
+    def endless(connection: socket.socket) -> None:
+        while True:
+            connection.sendall(b"x" * 65536)
+
+    impostor(endless)
+    with pytest.raises(UserError, match="too long"):
+        control.call(PROGRAM, "status")
+
+
+def test_an_answer_bit_by_bit_is_given_up(impostor: Impostor, monkeypatch):
+    monkeypatch.setattr(control, "_SECONDS", 1.0)
+
+    def dripping(connection: socket.socket) -> None:
+        for _ in range(100):
+            connection.sendall(b" ")
+            time.sleep(0.1)
+
+    impostor(dripping)
+    with pytest.raises(UserError, match="did not answer"):
+        control.call(PROGRAM, "status")
+
+
+def test_another_user_in_the_folder_is_not_asked(impostor: Impostor, listener: socket.socket):
+    os.seteuid(65534)
+    try:
+        listener.listen()  # who does so is the peer (unix(7), SO_PEERCRED)
+    finally:
+        os.seteuid(0)
+    impostor(lambda connection: connection.sendall(b'{"result": 1}\n'))
+    with pytest.raises(UserError, match="user 65534 answers"):
+        control.call(PROGRAM, "status")
+
+
+def test_silent_connections_leave_room_for_others(lab, start_server):
+    detour = lab.host("detour")
+    server = start_server(detour)
+
+    def status() -> str:
+        return detour.run(["detour-server", "status"], check=False).stderr
+
+    with namespaces.inside(detour.namespace), contextlib.ExitStack() as stack:
+        path = str(control.socket_path("detour-server"))
+
+        def refused() -> bool:  # whoever looked whether it is ready may still have a place
+            for _ in range(40):
+                silent = stack.enter_context(socket.socket(socket.AF_UNIX))
+                silent.connect(path)
+            return "too many ask at once" in status()
+
+        asking.in_time("a refusal", (refused() for _ in itertools.count()))
+        asking.in_time("an answer", (status() == "" for _ in itertools.count()), timeout=30.0)
+    assert "Traceback" not in server.output
