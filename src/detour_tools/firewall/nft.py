@@ -10,8 +10,9 @@ from typing import Any
 
 from detour_tools.firewall.judge import Chain, Rule
 from detour_tools.firewall.packet import Condition
+from detour_tools.nat.base import TABLE
 
-_OURS = ("ip", "detour-tools")
+_OURS = ("ip", TABLE)
 # What iptables-nft makes, as it names its tables and chains.
 _XTABLES = ("raw", "mangle", "nat", "filter", "security")
 _STATEMENTS = frozenset({"counter", "log", "comment"})

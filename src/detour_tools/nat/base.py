@@ -6,6 +6,9 @@ from typing import Protocol
 
 from detour_tools.mapping import Mapping
 
+# Our table of nftables, of family ip.
+TABLE = "detour-tools"
+
 # Flows of mappings bear this conntrack label when they come to the forward chains, by which a
 # host's own firewall can tell them from what it has translated itself.
 LABEL = 97

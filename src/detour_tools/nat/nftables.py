@@ -14,10 +14,8 @@ from typing import Any
 from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
-from detour_tools.nat.base import LABEL, NatError
+from detour_tools.nat.base import LABEL, TABLE, NatError
 from detour_tools.netlink.nf_tables import NfTables
-
-TABLE = "detour-tools"
 
 # Ours come just before the host's own NAT (-100 and 100), so that a mapping that was answered
 # means what the answer said. Only flows that are ours match, everything else passes on.
@@ -60,9 +58,9 @@ table ip {table} {{
     }}
 }}
 """
-# nft 1.0.6 lists no 'meta l4proto tcp' where a TCP port comes later in the rule, and reads its own
-# listing only when that port stands before 'proto-dst', whose size depends on the protocol. So the
-# port comes first: a rule set that an administrator saved must load again.
+# nft 1.0.6 lists no 'meta l4proto tcp' where a TCP port comes later in the rule, and refuses its
+# own listing then, as the size of 'proto-dst' depends on the protocol. 'tcp dport != 0', always
+# true, is listed and tells it: a rule set that an administrator saved must load again.
 _MAPPED = """ct status dnat tcp dport != 0 \
 ip saddr . ct original proto-dst . ip daddr . tcp dport @mapped"""
 _LABEL = f"ct state new {_MAPPED} ct label set {LABEL}"
@@ -124,12 +122,15 @@ class NftablesBackend:
     def install(self, mappings: Collection[Mapping], capacity: int) -> None:
         """Make our table anew; a table that stood there is replaced in the same transaction."""
         elements = "".join(_elements("add", mappings))
+
+        def make(label: str) -> None:
+            self._run(_RULESET.format(table=TABLE, size=capacity, mapped=_MAPPED, label=label)
+                      + elements)
+
         try:
-            self._run(_RULESET.format(table=TABLE, size=capacity, mapped=_MAPPED,
-                                      label=_LABEL) + elements)
+            make(_LABEL)
         except NatError:  # a kernel without labels does as well without this one
-            self._run(_RULESET.format(table=TABLE, size=capacity, mapped=_MAPPED,
-                                      label="") + elements)
+            make("")
         self._handle = self._table_handle() or b""
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
