@@ -2,7 +2,6 @@
 """detour-server firewall check: whether the host's own rules stand in the way."""
 
 import argparse
-from ipaddress import IPv4Network
 
 from detour_tools import mproxy, runtime
 from detour_tools.cli import common
@@ -29,8 +28,7 @@ def add_to(commands: "argparse._SubParsersAction[common.Parser]", prog: str) -> 
 
 def _check(arguments: argparse.Namespace, prog: str) -> int:
     runtime.need_capability("CAP_NET_ADMIN", prog)
-    sources = [network for network in arguments.client if isinstance(network, IPv4Network)]
-    found = look.warnings(arguments.port, sources)
+    found = look.warnings(arguments.port, arguments.client)
     drops = any(map(is_certain, found))
     if arguments.json:
         common.print_json({"drops": drops, "warnings": found})

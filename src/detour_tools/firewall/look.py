@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from ipaddress import IPv4Network
 from pathlib import Path
 
+from detour_tools.endpoint import Network
 from detour_tools.firewall import judge, legacy, nft
 from detour_tools.netlink.nf_tables import NfTables
 
@@ -18,10 +19,10 @@ _TABLES = ("raw", "mangle", "filter", "security")
 _SECONDS = 30
 
 
-def warnings(port: int, sources: Iterable[IPv4Network] = ()) -> list[str]:
+def warnings(port: int, sources: Iterable[Network] = ()) -> list[str]:
     """One line for each thing of the host's firewall that stands in the detour's way. Blocks.
 
-    What cannot be read is one of these.
+    What cannot be read is one of these. Of ``sources`` only those of IPv4 count, as requests do.
     """
     unread = []
     try:
@@ -43,7 +44,8 @@ def warnings(port: int, sources: Iterable[IPv4Network] = ()) -> list[str]:
     for table in loaded:
         if (text := _iptables("iptables-legacy", table)) is not None:
             chains += legacy.chains(text, "iptables-legacy", table)
-    return judge.warnings(chains, port, sources) + unread
+    clients = [source for source in sources if isinstance(source, IPv4Network)]
+    return judge.warnings(chains, port, clients) + unread
 
 
 def _nft() -> bytes:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from ipaddress import IPv4Network
 from typing import Any
 
 from detour_tools import mproxy, runtime, sdnotify
@@ -51,7 +50,7 @@ class Server:
         self._warnings = Warnings()
         self._requests: Requests | None = None
         firewall = FirewallWatch(parse_endpoint(settings.listen, mproxy.PORT).port,
-                                 self._client_networks, self._warnings)
+                                 lambda: self._settings.allow_client or (), self._warnings)
         self._upkeep = Upkeep(self._keeper, self._policy, firewall, self._received)
 
     async def run(self) -> None:
@@ -109,10 +108,6 @@ class Server:
         finally:
             await self._keeper.stop()
             switch.put_back()
-
-    def _client_networks(self) -> list[IPv4Network]:
-        return [network for network in self._settings.allow_client or ()
-                if isinstance(network, IPv4Network)]
 
     def _received(self) -> int:
         return self._requests.counters.received if self._requests else 0

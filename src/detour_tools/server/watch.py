@@ -5,8 +5,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable
-from ipaddress import IPv4Network
 
+from detour_tools.endpoint import Network
 from detour_tools.firewall import look
 from detour_tools.netlink.nf_tables import NfTables
 from detour_tools.server.warnings import Warnings
@@ -20,13 +20,16 @@ _AT_LEAST_EVERY = 60.0
 class FirewallWatch:
     """Looks at the rules again when they may be others. ``sources`` are the clients', if known."""
 
-    def __init__(self, port: int, sources: Callable[[], Iterable[IPv4Network]],
+    def __init__(self, port: int, sources: Callable[[], Iterable[Network]],
                  warnings: Warnings) -> None:
         self._port = port
         self._sources = sources
         self._warnings = warnings
         self._looked_at: float | None = None
         self._seen: object = None
+        self._netlink: NfTables | None = None
+        with contextlib.suppress(OSError):  # a kernel without nf_tables
+            self._netlink = NfTables()
 
     async def check(self) -> None:
         """Look, if the rule set's generation is another one and the last look not too recent.
@@ -34,7 +37,7 @@ class FirewallWatch:
         Whatever fails here is no harm.
         """
         now, sources = time.monotonic(), tuple(self._sources())
-        seen = (_generation(), sources)  # a reload may have changed the clients
+        seen = (self._generation(), sources)  # a reload may have changed the clients
         if self._looked_at is not None and now - self._looked_at < (
                 _AT_LEAST_EVERY if seen == self._seen else _AT_MOST_EVERY):
             return
@@ -46,8 +49,7 @@ class FirewallWatch:
             found = [f"cannot tell whether a firewall drops detoured packets: {error}"]
         self._warnings.put("firewall", found)
 
-
-def _generation() -> int | None:
-    with contextlib.suppress(OSError), contextlib.closing(NfTables()) as netlink:
-        return netlink.generation()
-    return None
+    def _generation(self) -> int | None:
+        with contextlib.suppress(OSError):
+            return self._netlink.generation() if self._netlink else None
+        return None
