@@ -82,7 +82,7 @@ def test_a_million_bad_datagrams(lab, start_server, start, backend):
 def test_addresses_that_cannot_be_listed_do_not_stop_the_server(lab, start):
     code = ("from detour_tools.server import upkeep\n"
             "def fail(): raise OSError(105, 'No buffer space available')\n"
-            "upkeep.own_addresses = fail; upkeep._CHECK_SECONDS = 0.05\n"
+            "upkeep.interface_addresses = fail; upkeep._CHECK_SECONDS = 0.05\n"
             "from detour_tools.cli.server import main; main()")
     server = start(lab.host("detour"), [sys.executable, "-c", code])
     server.wait_line("serving")

@@ -11,7 +11,8 @@ import detour_tools
 
 PACKAGE = Path(detour_tools.__file__).parent
 PURE = ("mproxy/__init__.py", "mproxy/v1.py", "mproxy/errors.py", "server/table.py",
-        "server/ports.py", "server/policy.py", "server/status.py", "server/warnings.py",
+        "server/ports.py", "server/policy.py", "server/unproven.py", "server/decide.py",
+        "server/status.py", "server/warnings.py", "route.py",
         "endpoint.py", "mapping.py", "nat/xtables.py", "firewall/packet.py", "firewall/judge.py",
         "firewall/nft.py", "firewall/legacy.py",
         "client/machine.py", "client/offers.py", "client/detours.py", "netlink/codec.py",

@@ -9,9 +9,19 @@ from hypothesis import strategies as st
 
 from detour_tools.endpoint import Endpoint, parse_endpoint
 from detour_tools.mapping import Mapping
-from detour_tools.server.policy import Policy, RateLimiter, Refusal, Rules
+from detour_tools.route import Route
+from detour_tools.server.policy import (
+    HostAddresses,
+    NetworkSet,
+    Policy,
+    RateLimiter,
+    Refusal,
+    Rules,
+)
 
 CLIENT = IPv4Address("10.0.1.1")
+AWAY = Route(local=False, broadcast=False, on_link=False)
+NOWHERE = HostAddresses(frozenset(), NetworkSet(()))
 
 
 def policy(**rules) -> Policy:
@@ -49,7 +59,7 @@ def test_the_administrator_says_who_instead():
 def test_an_empty_list_of_clients_is_nobody():
     checked = policy(allow_clients=())
     assert checked.check_client(CLIENT, 0.0) is Refusal.CLIENT
-    assert not checked.permits(Mapping(CLIENT, 80, parse_endpoint("8.8.8.8:80")))
+    assert not checked.permits(Mapping(CLIENT, 80, parse_endpoint("8.8.8.8:80")), NOWHERE)
 
 
 @pytest.mark.parametrize(("remote", "refusal"), [
@@ -70,38 +80,62 @@ def test_an_empty_list_of_clients_is_nobody():
 ])
 def test_where_to(remote, refusal):
     checked = policy()
-    assert checked.check_remote(parse_endpoint(remote), own=False, broadcast=False) is refusal
+    assert checked.check_remote(parse_endpoint(remote), AWAY) is refusal
     assert sum(checked.refused.values()) == (refusal is not None)
 
 
 def test_port_0_is_no_remote():
     remote = Endpoint(IPv4Address("8.8.8.8"), 0)
-    assert policy().check_remote(remote, own=False, broadcast=False) is Refusal.PORT
+    assert policy().check_remote(remote, AWAY) is Refusal.PORT
 
 
 def test_the_detour_itself_and_broadcast_are_refused_even_where_allowed():
     remote = parse_endpoint("10.0.3.2:80")
     checked = policy(allow_remotes=networks("10.0.0.0/8", "127.0.0.0/8", "0.0.0.0/0"))
-    assert checked.check_remote(remote, own=False, broadcast=False) is None
-    assert checked.check_remote(remote, own=True, broadcast=False) is Refusal.DETOUR
-    assert checked.check_remote(remote, own=False, broadcast=True) is Refusal.BROADCAST
-    assert checked.check_remote(parse_endpoint("127.0.0.1:80"), own=False,
-                                broadcast=False) is Refusal.LOOPBACK
+    assert checked.check_remote(remote, AWAY) is None
+    assert checked.check_remote(remote, AWAY._replace(local=True)) is Refusal.DETOUR
+    assert checked.check_remote(remote, AWAY._replace(broadcast=True)) is Refusal.BROADCAST
+    assert checked.check_remote(parse_endpoint("127.0.0.1:80"), AWAY) is Refusal.LOOPBACK
 
 
 def test_private_remotes_where_allowed_only():
     checked = policy(allow_remotes=networks("10.0.3.0/24"))
-    assert checked.check_remote(parse_endpoint("10.0.3.2:80"), own=False, broadcast=False) is None
-    assert checked.check_remote(parse_endpoint("10.0.4.2:80"), own=False,
-                                broadcast=False) is Refusal.PRIVATE
-    assert checked.check_remote(parse_endpoint("8.8.8.8:80"), own=False, broadcast=False) is None
+    assert checked.check_remote(parse_endpoint("10.0.3.2:80"), AWAY) is None
+    assert checked.check_remote(parse_endpoint("10.0.4.2:80"), AWAY) is Refusal.PRIVATE
+    assert checked.check_remote(parse_endpoint("8.8.8.8:80"), AWAY) is None
 
 
-def test_caps():
-    checked = policy()
-    assert checked.check_room(9, 99) is None
-    assert checked.check_room(10, 99) is Refusal.CLIENT_FULL
-    assert checked.check_room(9, 100) is Refusal.FULL
+@pytest.mark.parametrize(("remote", "rules", "refusal"), [
+    ("203.0.113.9:80", {}, Refusal.ON_LINK),
+    ("203.0.113.9:80", {"allow_remotes": ("203.0.113.0/24",)}, None),
+    ("10.0.3.2:80", {}, Refusal.PRIVATE),
+])
+def test_remotes_on_the_detours_links_where_allowed_only(remote, rules, refusal):
+    checked = policy(**{name: networks(*texts) for name, texts in rules.items()})
+    endpoint = parse_endpoint(remote)
+    assert checked.check_remote(endpoint, AWAY._replace(on_link=True)) is refusal
+    host = HostAddresses(frozenset(), NetworkSet(networks("203.0.113.0/24", "10.0.3.0/24")))
+    assert checked.permits(Mapping(CLIENT, 5000, endpoint), host) == (refusal is None)
+
+
+@pytest.mark.parametrize(("rules", "remote", "refusal"), [
+    ({}, "168.63.129.16:80", Refusal.PLATFORM),
+    ({"allow_remotes": networks("168.63.129.16/32")}, "168.63.129.16:80", None),
+    ({"deny_remotes": networks("8.8.8.0/24")}, "8.8.8.8:80", Refusal.DENIED),
+    ({"deny_remotes": networks("8.8.8.0/24")}, "8.8.9.8:80", None),
+    ({"deny_remotes": networks("10.0.3.2/32"), "allow_remotes": networks("10.0.0.0/8")},
+     "10.0.3.2:80", Refusal.DENIED),
+    ({"deny_ports": (range(25, 26), range(6660, 6670))}, "8.8.8.8:25", Refusal.DENIED_PORT),
+    ({"deny_ports": (range(25, 26), range(6660, 6670))}, "8.8.8.8:6669", Refusal.DENIED_PORT),
+    ({"deny_ports": (range(25, 26), range(6660, 6670))}, "8.8.8.8:26", None),
+    ({"own_addresses": networks("198.51.100.7/32")}, "198.51.100.7:80", Refusal.DETOUR),
+    ({"own_addresses": networks("198.51.100.7/32")}, "198.51.100.8:80", None),
+])
+def test_what_is_denied(rules, remote, refusal):
+    checked = policy(**rules)
+    endpoint = parse_endpoint(remote)
+    assert checked.check_remote(endpoint, AWAY) is refusal
+    assert checked.permits(Mapping(CLIENT, 5000, endpoint), NOWHERE) == (refusal is None)
 
 
 def test_transcript_of_a_rate_of_5():
@@ -163,5 +197,5 @@ def test_permits_is_what_would_not_be_refused():
             ("10.0.1.1", "127.0.0.1:80", False), ("10.0.1.1", "8.8.8.8:0", False)):
         mapping = Mapping(IPv4Address(client), 80, Endpoint(
             IPv4Address(remote.partition(":")[0]), int(remote.partition(":")[2])))
-        assert checked.permits(mapping) == allowed, mapping
+        assert checked.permits(mapping, NOWHERE) == allowed, mapping
     assert not checked.refused

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Ports that are given to nobody."""
+"""Ports and addresses as people write them."""
 
 import pytest
 
@@ -16,5 +16,7 @@ def test_forbidden_ports():
 @pytest.mark.parametrize("text", ["", "0", "65536", "9-8", "1-", "-1", "1-2-3", "http", "1 - 2",
                                   "\N{SUPERSCRIPT TWO}"])
 def test_what_is_no_port_is_said(text):
-    with pytest.raises(ValueError, match=r"forbid-port: '.*' is not a port or range"):
-        Settings(forbid_port=(text,))
+    for name in ("forbid_port", "deny_port"):
+        said = rf"{name.replace('_', '-')}: '.*' is not a port or range"
+        with pytest.raises(ValueError, match=said):
+            Settings(**{name: (text,)})

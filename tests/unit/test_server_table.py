@@ -141,15 +141,39 @@ def test_the_longest_unused_come_first():
     table = new_table()
     first, second, third = (table.request(ALICE, Endpoint(WEB.address, port), 0, float(port),
                                           nothing).entry for port in (1, 2, 3))
-    assert list(table.unused_since(2.0)) == [first, second]
+    assert list(table.unused_since(2.0, 2.0)) == [first, second]
     table.request(ALICE, Endpoint(WEB.address, 1), 0, 4.0, nothing)
-    assert list(table.unused_since(3.0)) == [second, third]
+    assert list(table.unused_since(3.0, 3.0)) == [second, third]
     table.touch(second, 5.0)
-    assert list(table.unused_since(3.0)) == [third]
+    assert list(table.unused_since(3.0, 3.0)) == [third]
     assert [entry.serial for entry in table.entries(after=1)] == [2, 3]
     table.remove(third)
     assert not table.holds(third)
-    assert list(table.unused_since(9.0)) == [first, second]
+    assert list(table.unused_since(9.0, 9.0)) == [first, second]
+
+
+def test_a_flow_proves_a_mapping():
+    table = new_table()
+    first, second, third = (table.request(ALICE, Endpoint(WEB.address, port), 0, float(port),
+                                          nothing).entry for port in (1, 2, 3))
+    table.prove(second, 4.0)
+    assert list(table.unproven) == [first, third]
+    assert list(table.unused_since(0.0, 9.0)) == [first, third]
+    assert list(table.unused_since(9.0, 0.0)) == [second]
+    table.prove(second, 5.0)
+    assert second.last_used == 5.0
+    table.remove(second)
+    table.remove(first)
+    assert list(table.unused_since(9.0, 9.0)) == [third]
+
+
+def test_who_has_a_port():
+    table = new_table()
+    for client in (ALICE, BOB):
+        ask(table, client, WEB, 5000)
+    ask(table, ALICE, OTHER, 5001)
+    assert [entry.mapping.client for entry in table.of_port(5000)] == [ALICE, BOB]
+    assert not table.of_port(5002)
 
 
 def test_idle_clients_leave_nothing_behind():

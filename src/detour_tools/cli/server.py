@@ -77,7 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     policy.add_argument("--allow-client", metavar="CIDR", action="append", type=common.network,
                         help="serve these clients only; repeatable (default: private addresses)")
     policy.add_argument("--allow-remote", metavar="CIDR", action="append", type=common.network,
-                        help="private remotes that clients may reach; repeatable (default: none)")
+                        help="private remotes, and those on this host's links, that clients may "
+                             "reach; repeatable (default: none)")
+    policy.add_argument("--deny-remote", metavar="CIDR", action="append", type=common.network,
+                        help="remotes that no client may reach, even where --allow-remote has "
+                             "them; repeatable (default: none)")
+    policy.add_argument("--deny-port", metavar="PORT[-PORT]", action="append",
+                        help="ports of remotes that no client may reach; repeatable "
+                             f"(default: {', '.join(default.deny_port)}, so that no spam leaves)")
+    policy.add_argument("--own-address", metavar="CIDR", action="append", type=common.network,
+                        help="public addresses that a router or provider before this host "
+                             "translates to it: no remotes, as its own; repeatable "
+                             "(default: none)")
     policy.add_argument("--forbid-port", metavar="PORT[-PORT]", action="append",
                         help="detour ports that no client gets, such as those that this host "
                              "forwards by rules of its own; repeatable (default: none)")

@@ -6,11 +6,11 @@ microseconds, and the answer is never out of date.
 """
 
 import struct
-from typing import NamedTuple
 
 from detour_tools.endpoint import IPAddress
 from detour_tools.netlink import codec
 from detour_tools.netlink.socket import NETLINK_ROUTE, NetlinkSocket
+from detour_tools.route import Route
 
 _RTM_GETROUTE = 26
 _RTA_DST = 1
@@ -27,18 +27,6 @@ _RTMSG = struct.Struct("=BBBBBBBBI")
 _RTMSG_TYPE = 7
 _RTN_LOCAL = 2
 _RTN_BROADCAST = 3
-
-
-class Route(NamedTuple):
-    """What the routing table says of an address; all False where it says nothing.
-
-    ``local``: it is one of this host. ``broadcast``: it is a subnet's broadcast address.
-    ``on_link``: packets to it need no gateway, by a route that is not the default route.
-    """
-
-    local: bool
-    broadcast: bool
-    on_link: bool
 
 
 class Routes(NetlinkSocket):

@@ -30,13 +30,14 @@ class ListeningPorts:
         self._ports = self._read()
         self._fresh_until = 0.0
 
-    def __contains__(self, port: int) -> bool:
+    def now(self) -> frozenset[int]:
+        """The ports, as of a moment ago at most."""
         now = time.monotonic()
         if now >= self._fresh_until:
             self._ports = self._read()
             done = time.monotonic()
             self._fresh_until = done + min(_OLDEST_SECONDS, _LOOKING_SHARE * (done - now))
-        return port in self._ports
+        return self._ports
 
     def close(self) -> None:
         """Close the socket."""

@@ -14,12 +14,15 @@ from ipaddress import ip_network
 
 from detour_tools.endpoint import Endpoint, IPAddress, Network
 from detour_tools.mapping import Mapping
+from detour_tools.route import Route
 
 _BUCKETS = 65536
 # Above this share of max_mappings mappings expire sooner, so that a flood of them from many
 # sources does not keep good clients out for an idle time-out.
 _CROWDED = 0.9
 _CROWDED_SECONDS = 60.0
+# Longer than any client takes from an answer to its first packet.
+_UNPROVEN_SECONDS = 120.0
 
 
 class Refusal(enum.Enum):
@@ -36,6 +39,10 @@ class Refusal(enum.Enum):
     RESERVED = "the remote is reserved"
     DETOUR = "the remote is the detour itself"
     PRIVATE = "the remote is private (see --allow-remote)"
+    ON_LINK = "the remote is on a link of the detour (see --allow-remote)"
+    PLATFORM = "the remote is a service of a cloud's host (see --allow-remote)"
+    DENIED = "the remote is denied (see --deny-remote)"
+    DENIED_PORT = "the remote port is denied (see --deny-port)"
     CLIENT_FULL = "the client has too many mappings (see --max-per-client)"
     FULL = "there are too many mappings (see --max-mappings)"
     NO_PORT = "no port is free for the client"
@@ -51,6 +58,9 @@ _PRIVATE_CLIENTS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
 # Also what the IANA special-purpose registries call not globally reachable and in private use:
 # shared (RFC 6598), protocol assignments (RFC 6890), benchmarking (RFC 2544).
 _PRIVATE_REMOTES = (*_PRIVATE_CLIENTS, "100.64.0.0/10", "192.0.0.0/24", "198.18.0.0/15")
+# A public address that each virtual machine of Azure reaches its host's services by; the other
+# clouds' are link-local or private.
+_PLATFORM = ("168.63.129.16/32",)
 # The first that matches names the reason.
 _NEVER = (
     (Refusal.UNSPECIFIED, ("0.0.0.0/32", "::/128")),
@@ -60,6 +70,14 @@ _NEVER = (
     (Refusal.BROADCAST, ("255.255.255.255/32",)),
     (Refusal.RESERVED, ("0.0.0.0/8", "240.0.0.0/4")),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class HostAddresses:
+    """The detour's own addresses, and the networks on its links."""
+
+    own: frozenset[IPAddress]
+    on_link: "NetworkSet"
 
 
 class NetworkSet:
@@ -85,6 +103,7 @@ def _networks(texts: Iterable[str]) -> NetworkSet:
 
 _PRIVATE_CLIENT_SET = _networks(_PRIVATE_CLIENTS)
 _PRIVATE_REMOTE_SET = _networks(_PRIVATE_REMOTES)
+_PLATFORM_SET = _networks(_PLATFORM)
 _NEVER_SETS = [(refusal, _networks(texts)) for refusal, texts in _NEVER]
 _NEVER_SET = _networks(text for _, texts in _NEVER for text in texts)
 
@@ -94,11 +113,15 @@ class Rules:
     """What the administrator decides. ``rate`` is requests a second of one client, 0 is no limit;
     ``idle_timeout`` is in seconds.
 
-    With ``allow_clients`` None, clients are those with private addresses.
+    With ``allow_clients`` None, clients are those with private addresses. ``own_addresses`` are
+    translated to this host by somebody before it.
     """
 
     allow_clients: tuple[Network, ...] | None = None
     allow_remotes: tuple[Network, ...] = ()
+    deny_remotes: tuple[Network, ...] = ()
+    deny_ports: tuple[range, ...] = ()
+    own_addresses: tuple[Network, ...] = ()
     forbid_ports: tuple[range, ...] = ()
     rate: float = 0.0
     max_per_client: int
@@ -149,6 +172,8 @@ class Policy:
         self._clients = (_PRIVATE_CLIENT_SET if rules.allow_clients is None
                          else NetworkSet(rules.allow_clients))
         self._remotes = NetworkSet(rules.allow_remotes)
+        self._denied = NetworkSet(rules.deny_remotes)
+        self._own = NetworkSet(rules.own_addresses)
         self._limiter = RateLimiter(rules.rate)
 
     def count(self, refusal: Refusal) -> Refusal:
@@ -164,49 +189,52 @@ class Policy:
             return self.count(Refusal.RATE)
         return None
 
-    def check_remote(self, remote: Endpoint, *, own: bool, broadcast: bool) -> Refusal | None:
-        """Whether a mapping to the remote may be made.
+    def check_remote(self, remote: Endpoint, route: Route) -> Refusal | None:
+        """Whether a mapping to the remote may be made; ``route`` is the detour's to it."""
+        refusal = self._refusal(remote, own=route.local, broadcast=route.broadcast,
+                                on_link=route.on_link)
+        return None if refusal is None else self.count(refusal)
 
-        ``own``: the address is one of the detour's; ``broadcast``: a subnet's broadcast address.
-        """
-        if not remote.port:
-            return self.count(Refusal.PORT)
-        address = remote.address
-        if address in _NEVER_SET:
-            return self.count(next(refusal for refusal, networks in _NEVER_SETS
-                                   if address in networks))
-        if own:
-            return self.count(Refusal.DETOUR)
-        if broadcast:
-            return self.count(Refusal.BROADCAST)
-        if not self._serves(address):
-            return self.count(Refusal.PRIVATE)
-        return None
-
-    def permits(self, mapping: Mapping) -> bool:
+    def permits(self, mapping: Mapping, host: HostAddresses) -> bool:
         """Whether a mapping that stands already may stay; counts nothing."""
         address = mapping.remote.address
-        return (mapping.client in self._clients and mapping.remote.port > 0
-                and not self.forbids_port(mapping.detour_port) and address not in _NEVER_SET
-                and self._serves(address))
+        return (mapping.client in self._clients and not self.forbids_port(mapping.detour_port)
+                and self._refusal(mapping.remote, own=address in host.own, broadcast=False,
+                                  on_link=address in host.on_link) is None)
 
-    def _serves(self, address: IPAddress) -> bool:
-        return address not in _PRIVATE_REMOTE_SET or address in self._remotes
+    def _refusal(self, remote: Endpoint, *, own: bool, broadcast: bool,
+                 on_link: bool) -> Refusal | None:
+        address = remote.address
+        if not remote.port:
+            return Refusal.PORT
+        if address in _NEVER_SET:
+            return next(refusal for refusal, networks in _NEVER_SETS if address in networks)
+        if own or address in self._own:
+            return Refusal.DETOUR
+        if broadcast:
+            return Refusal.BROADCAST
+        if address in self._denied:
+            return Refusal.DENIED
+        if any(remote.port in ports for ports in self.rules.deny_ports):
+            return Refusal.DENIED_PORT
+        if address in self._remotes:
+            return None
+        if address in _PRIVATE_REMOTE_SET:
+            return Refusal.PRIVATE
+        if on_link:
+            return Refusal.ON_LINK
+        return Refusal.PLATFORM if address in _PLATFORM_SET else None
 
     def forbids_port(self, port: int) -> bool:
         """Whether the detour port is given to nobody."""
         return any(port in ports for ports in self.rules.forbid_ports)
-
-    def check_room(self, of_client: int, in_all: int) -> Refusal | None:
-        """Whether there is room for one more mapping, with so many there."""
-        if in_all >= self.rules.max_mappings:
-            return self.count(Refusal.FULL)
-        if of_client >= self.rules.max_per_client:
-            return self.count(Refusal.CLIENT_FULL)
-        return None
 
     def idle_limit(self, in_all: int) -> float:
         """After how many seconds without flow and request a mapping goes, with so many there."""
         crowded = in_all > _CROWDED * self.rules.max_mappings
         return min(self.rules.idle_timeout, _CROWDED_SECONDS) if crowded else (
             self.rules.idle_timeout)
+
+    def unproven_limit(self) -> float:
+        """After how many seconds without request a mapping goes that never had a flow."""
+        return min(self.rules.idle_timeout, _UNPROVEN_SECONDS)

@@ -16,23 +16,28 @@ from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.log import BoundedLog
 from detour_tools.mproxy import v1
 from detour_tools.nat.base import NatError
-from detour_tools.netlink.route import Route, Routes
+from detour_tools.netlink.route import Routes
 from detour_tools.printer import Printer
+from detour_tools.route import Route
+from detour_tools.server import decide
+from detour_tools.server.decide import Decided, Facts
 from detour_tools.server.keeper import Keeper
 from detour_tools.server.listening import ListeningPorts
 from detour_tools.server.policy import Policy, Refusal
 from detour_tools.server.receiver import Receiver, Sender
 from detour_tools.server.status import Counters
-from detour_tools.server.table import Decision, Entry, NoFreePortError, Outcome
+from detour_tools.server.table import Decision, Entry, Outcome
 
 log = logging.getLogger(__name__)
 
 _DATAGRAMS_A_WAKE_UP = 128
 _REQUESTS_A_COMMIT = 256
 _QUEUED_REQUESTS = 4096
+# In ten seconds, of each kind: enough to follow a client, and no flood of the journal.
+_GRANTED_LINES = 50
 
 _NOT_ASKED = Route(local=False, broadcast=False, on_link=False)
-
+_NOBODY: frozenset[int] = frozenset()
 
 class _Request(NamedTuple):
     message: v1.Request
@@ -43,22 +48,23 @@ class Requests:
     """Serves what the receiver receives."""
 
     def __init__(self, receiver: Receiver, keeper: Keeper, policy: Policy,
-                 printer: Printer) -> None:
+                 listening: ListeningPorts, printer: Printer) -> None:
         self.counters = Counters()
         self._receiver = receiver
         self._keeper = keeper
         self._policy = policy
         self._printer = printer
-        self._listening = ListeningPorts()
+        self._listening = listening
         self._routes = Routes()
         self._queue: deque[_Request] = deque()
         self._waiting = asyncio.Event()
         self._bounded = BoundedLog(log)
-        self._bounded_print = BoundedLog(_printing_logger(printer))
+        printing = _printing_logger(printer)
+        self._refused_print = BoundedLog(printing)
+        self._granted_print = BoundedLog(printing, burst=_GRANTED_LINES)
 
     def close(self) -> None:
         """Close what was opened."""
-        self._listening.close()
         self._routes.close()
 
     @property
@@ -115,46 +121,39 @@ class Requests:
         batch = [queue.popleft() for _ in range(min(_REQUESTS_A_COMMIT, len(queue)))]
         now = time.monotonic()
         decided: list[tuple[_Request, Decision]] = []
-        new: list[Entry] = []
+        new: dict[int, Entry] = {}  # by serial
+        gone: list[Entry] = []
         for request in batch:
-            decision = self._decide(request.sender.address, request.message, now)
-            if isinstance(decision, Refusal):
-                self._refuse(decision, request.sender.address, request.message)
+            answer, removed = self._decide(request, now)
+            # The kernel has never seen what this batch brought.
+            gone += [entry for entry in removed if new.pop(entry.serial, None) is None]
+            self.counters.evicted += len(removed)
+            if isinstance(answer, Refusal):
+                self._refuse(answer, request.sender.address, request.message)
                 continue
-            decided.append((request, decision))
-            if decision.outcome is not Outcome.EXISTING:
-                new.append(decision.entry)
-        if new:
+            decided.append((request, answer))
+            if answer.outcome is not Outcome.EXISTING:
+                new[answer.entry.serial] = answer.entry
+        if new or gone:
             try:
-                await self._keeper.commit(new, [])
+                await self._keeper.commit(list(new.values()), gone)
             except NatError as error:
                 self.counters.failed += len(decided)
                 self._bounded.warning("commit", "the kernel takes no mappings: %s", error)
                 return  # nobody is answered: clients ask again
-        self._answer(decided)
-
-    def _decide(self, client: IPAddress, message: v1.Request, now: float) -> Decision | Refusal:
         table = self._keeper.table
-        remote = message.remote
-        known = table.find(client, remote) is not None
-        route = _NOT_ASKED if known else self._routes.look_up(remote.address)
-        refusal = self._policy.check_remote(remote, own=route.local, broadcast=route.broadcast)
-        if refusal is None and not known:
-            refusal = self._policy.check_room(table.count(client), len(table))
-        if refusal is not None:
-            return refusal
-        try:
-            return table.request(client, remote, message.detour_port, now,
-                                 self._forbidden)
-        except NoFreePortError:
-            return self._policy.count(Refusal.NO_PORT)
+        self._answer([each for each in decided if table.holds(each[1].entry)])
 
-    def _forbidden(self, port: int) -> bool:
-        return self._policy.forbids_port(port) or port in self._listening
+    def _decide(self, request: _Request, now: float) -> Decided:
+        message, table = request.message, self._keeper.table
+        asked = decide.Request(request.sender.address, message.remote, message.detour_port)
+        known = table.find(asked.client, asked.remote) is not None
+        facts = Facts(route=_NOT_ASKED if known else self._routes.look_up(asked.remote.address),
+                      listening=_NOBODY if known else self._listening.now())
+        return decide.decide(asked, facts, table, self._policy, now)
 
     def _answer(self, decided: list[tuple[_Request, Decision]]) -> None:
         counters = self.counters
-        lines = []
         for (message, sender), (outcome, entry) in decided:
             client, detour_port, remote = entry.mapping
             try:
@@ -168,15 +167,14 @@ class Requests:
                 counters.moved += 1
             else:
                 counters.existing += 1
-            lines.append(f"{outcome.value:<8} client {client} remote {remote} "
-                         f"detour port {detour_port} proposed {message.detour_port}\n")
-        if lines:
-            self._printer.print("".join(lines))
+            self._granted_print.warning(
+                outcome.value, "%-8s client %s remote %s detour port %d proposed %d",
+                outcome.value, client, remote, detour_port, message.detour_port)
 
     def _refuse(self, refusal: Refusal, client: IPAddress, message: v1.Request) -> None:
         self.counters.refused += 1
         remote: Endpoint = message.remote
-        self._bounded_print.warning(
+        self._refused_print.warning(
             refusal.key, "refused  client %s remote %s proposed %s: %s",
             client, remote, message.detour_port, refusal.value)
 

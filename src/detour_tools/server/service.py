@@ -21,11 +21,12 @@ from detour_tools.printer import Printer
 from detour_tools.server.commands import Commands
 from detour_tools.server.forwarding import FORWARDING, ForwardingSwitch
 from detour_tools.server.keeper import Keeper
+from detour_tools.server.listening import ListeningPorts
 from detour_tools.server.policy import Policy
 from detour_tools.server.receiver import Receiver
 from detour_tools.server.requests import Requests
 from detour_tools.server.settings import RELOADABLE, Settings
-from detour_tools.server.status import PolicyStatus, Status
+from detour_tools.server.status import Counters, PolicyStatus, Status
 from detour_tools.server.upkeep import Upkeep
 from detour_tools.server.warnings import Warnings
 from detour_tools.server.watch import FirewallWatch
@@ -51,7 +52,10 @@ class Server:
         self._requests: Requests | None = None
         firewall = FirewallWatch(parse_endpoint(settings.listen, mproxy.PORT).port,
                                  lambda: self._settings.allow_client or (), self._warnings)
-        self._upkeep = Upkeep(self._keeper, self._policy, firewall, self._received)
+        self._listening = ListeningPorts()
+        self._upkeep = Upkeep(self._keeper, self._policy, self._listening, firewall,
+                              received=lambda: self._counters().received,
+                              evicted=lambda: self._counters().evicted)
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM. Raises UserError."""
@@ -74,7 +78,9 @@ class Server:
             endpoint = parse_endpoint(self._settings.listen, mproxy.PORT)
             receiver = Receiver(endpoint)
             stack.callback(receiver.close)
-            self._requests = Requests(receiver, self._keeper, self._policy, printer)
+            stack.callback(self._listening.close)
+            self._requests = Requests(receiver, self._keeper, self._policy, self._listening,
+                                      printer)
             stack.callback(self._requests.close)
             await stack.enter_async_context(self._rules(printer))
             loop.add_reader(receiver.fileno(), self._requests.on_readable)
@@ -109,8 +115,8 @@ class Server:
             await self._keeper.stop()
             switch.put_back()
 
-    def _received(self) -> int:
-        return self._requests.counters.received if self._requests else 0
+    def _counters(self) -> Counters:
+        return self._requests.counters if self._requests else Counters()
 
     async def _serve(self) -> None:
         assert self._requests is not None  # noqa: S101 - made by run()
@@ -175,6 +181,9 @@ class Server:
                 allow_client=(None if settings.allow_client is None
                               else tuple(map(str, settings.allow_client))),
                 allow_remote=tuple(map(str, settings.allow_remote)),
+                deny_remote=tuple(map(str, settings.deny_remote)),
+                deny_port=settings.deny_port,
+                own_address=tuple(map(str, settings.own_address)),
                 forbid_port=settings.forbid_port,
                 rate=settings.rate,
                 max_per_client=settings.max_per_client,

@@ -10,8 +10,8 @@ from detour_tools.errors import UserError
 from detour_tools.server.policy import Rules
 
 # What takes effect on a reload; the rest needs a restart.
-RELOADABLE = ("allow_client", "allow_remote", "forbid_port", "rate", "max_per_client",
-              "max_mappings", "idle_timeout")
+RELOADABLE = ("allow_client", "allow_remote", "deny_remote", "deny_port", "own_address",
+              "forbid_port", "rate", "max_per_client", "max_mappings", "idle_timeout")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,13 +20,17 @@ class Settings:
 
     ``rate`` is requests a second of one client (0: no limit), ``idle_timeout`` seconds.
 
-    ``forbid_port`` are ports and ranges of them, as ``8080`` and ``9000-9100``.
+    ``forbid_port`` and ``deny_port`` are ports and ranges of them, as ``8080`` and ``9000-9100``:
+    detour ports that nobody gets, and ports of remotes that nobody reaches.
     """
 
     listen: str = f"0.0.0.0:{mproxy.PORT}"
     backend: Literal["auto", "nftables", "iptables"] = "auto"
     allow_client: tuple[Network, ...] | None = None
     allow_remote: tuple[Network, ...] = ()
+    deny_remote: tuple[Network, ...] = ()
+    deny_port: tuple[str, ...] = ("25",)  # mail from server to server: what spam needs
+    own_address: tuple[Network, ...] = ()
     forbid_port: tuple[str, ...] = ()
     rate: float = 100.0
     max_per_client: int = 4096
@@ -42,8 +46,8 @@ class Settings:
             raise ValueError(f"listen: {error}") from None
         if endpoint.address.version != 4:
             raise ValueError("listen: MPROXY version 1 is IPv4 only")
-        for text in self.forbid_port:
-            _port_range(text)
+        _port_ranges("forbid-port", self.forbid_port)
+        _port_ranges("deny-port", self.deny_port)
         for name, value, least, most in (
                 ("rate", self.rate, 0, 1e6),
                 ("max-per-client", self.max_per_client, 1, 65535),
@@ -56,16 +60,22 @@ class Settings:
     def rules(self) -> Rules:
         """The part that the policy applies."""
         return Rules(allow_clients=self.allow_client, allow_remotes=self.allow_remote,
-                     forbid_ports=tuple(map(_port_range, self.forbid_port)),
+                     deny_remotes=self.deny_remote, own_addresses=self.own_address,
+                     deny_ports=_port_ranges("deny-port", self.deny_port),
+                     forbid_ports=_port_ranges("forbid-port", self.forbid_port),
                      rate=self.rate, max_per_client=self.max_per_client,
                      max_mappings=self.max_mappings, idle_timeout=self.idle_timeout)
 
 
-def _port_range(text: str) -> range:
+def _port_ranges(name: str, texts: tuple[str, ...]) -> tuple[range, ...]:
+    return tuple(_port_range(name, text) for text in texts)
+
+
+def _port_range(name: str, text: str) -> range:
     first, dash, last = text.partition("-")
     numbers = [int(each) if each.isascii() and each.isdigit() else 0
                for each in (first, last if dash else first)]
     if not 0 < numbers[0] <= numbers[1] < 65536:
-        raise ValueError(f"forbid-port: '{text}' is not a port or range (write PORT or PORT-PORT, "
+        raise ValueError(f"{name}: '{text}' is not a port or range (write PORT or PORT-PORT, "
                          "of 1 to 65535)")
     return range(numbers[0], numbers[1] + 1)

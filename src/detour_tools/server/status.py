@@ -16,6 +16,7 @@ class Counters:
     failed: int = 0
     new: int = 0
     moved: int = 0
+    evicted: int = 0
     existing: int = 0
     refused: int = 0
     unsent: int = 0
@@ -30,6 +31,9 @@ class PolicyStatus:
 
     allow_client: tuple[str, ...] | None
     allow_remote: tuple[str, ...]
+    deny_remote: tuple[str, ...]
+    deny_port: tuple[str, ...]
+    own_address: tuple[str, ...]
     forbid_port: tuple[str, ...]
     rate: float
     max_per_client: int
@@ -82,6 +86,9 @@ class Status:
             ("clients", "private addresses" if policy.allow_client is None
              else ", ".join(policy.allow_client) or "nobody"),
             ("private remotes", ", ".join(policy.allow_remote) or "none"),
+            ("denied remotes", ", ".join((*policy.deny_remote, *(
+                f"port {port}" for port in policy.deny_port))) or "none"),
+            ("own addresses", ", ".join(("this host's", *policy.own_address))),
             ("forbidden ports", ", ".join(policy.forbid_port)
              or "none but those that this host listens on"),
             ("limits", f"{policy.rate:g} requests/s and {policy.max_per_client} mappings "

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.mapping import Mapping
 from detour_tools.server.ports import FIRST, FIRST_OTHER, PortPool
+from detour_tools.server.unproven import Unproven
 
 
 class NoFreePortError(Exception):
@@ -39,11 +40,15 @@ class Decision(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A mapping in the table; ``serial`` grows with every new one, ``last_used`` in seconds."""
+    """A mapping in the table; ``serial`` grows with every new one, ``last_used`` in seconds.
+
+    ``proven``: a flow through it was seen.
+    """
 
     mapping: Mapping
     serial: int
     last_used: float
+    proven: bool = False
 
 
 @dataclass(slots=True)
@@ -81,7 +86,8 @@ class MappingTable:
         self._serials = itertools.count(1)
         self._by_remote: dict[tuple[IPAddress, Endpoint], Entry] = {}  # in order of serial
         self._clients: dict[IPAddress, _Client] = {}
-        self._by_use: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
+        self._proven: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
+        self.unproven = Unproven()
 
     def __len__(self) -> int:
         return len(self._by_remote)
@@ -102,7 +108,7 @@ class MappingTable:
 
     def holds(self, entry: Entry) -> bool:
         """Whether the entry is (still) in the table."""
-        return entry.serial in self._by_use
+        return entry.serial in self._proven or entry in self.unproven
 
     def mappings(self) -> Iterator[Mapping]:
         """All mappings, oldest first; the table must not change meanwhile."""
@@ -148,7 +154,10 @@ class MappingTable:
         """Forget a mapping that is in the table."""
         client, port, remote = entry.mapping
         del self._by_remote[client, remote]
-        del self._by_use[entry.serial]
+        if entry.proven:
+            del self._proven[entry.serial]
+        else:
+            self.unproven.remove(entry)
         state = self._clients[client]
         del state.ports[port]
         state.put_back(port)
@@ -158,18 +167,38 @@ class MappingTable:
     def touch(self, entry: Entry, now: float) -> None:
         """Note that the mapping was used."""
         entry.last_used = now
-        self._by_use.move_to_end(entry.serial)
+        if entry.proven:
+            self._proven.move_to_end(entry.serial)
+        else:
+            self.unproven.touch(entry)
 
-    def unused_since(self, limit: float) -> Iterator[Entry]:
-        """The entries last used at or before ``limit``; costs no more than there are of them."""
-        return itertools.takewhile(lambda entry: entry.last_used <= limit, self._by_use.values())
+    def prove(self, entry: Entry, now: float) -> None:
+        """Note that a flow goes through the mapping."""
+        if not entry.proven:
+            self.unproven.remove(entry)
+            entry.proven = True
+            self._proven[entry.serial] = entry
+        self.touch(entry, now)
+
+    def unused_since(self, limit: float, unproven_limit: float) -> Iterator[Entry]:
+        """The entries last used at or before ``limit``, the unproven ones ``unproven_limit``.
+
+        Costs no more than there are of them.
+        """
+        return itertools.chain(
+            itertools.takewhile(lambda entry: entry.last_used <= limit, self._proven.values()),
+            itertools.takewhile(lambda entry: entry.last_used <= unproven_limit, self.unproven))
+
+    def of_port(self, port: int) -> list[Entry]:
+        """The mappings of this detour port, of all clients."""
+        return [state.ports[port] for state in self._clients.values() if port in state.ports]
 
     def _insert(self, state: _Client, mapping: Mapping, now: float) -> Entry:
         entry = Entry(mapping, next(self._serials), now)
         self._clients[mapping.client] = state
         state.ports[mapping.detour_port] = entry
         self._by_remote[mapping.client, mapping.remote] = entry
-        self._by_use[entry.serial] = entry
+        self.unproven.add(entry)
         return entry
 
     def _pick(self, state: _Client, forbidden: Callable[[int], bool]) -> int:
