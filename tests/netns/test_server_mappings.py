@@ -77,7 +77,7 @@ def test_a_listening_port_is_not_picked_either(lab, serve, asker):
                 stack.enter_context(socket.create_server(("", port)))
         serve("--rate", "0")
         # By chance alone, one time in 10^12 none of them would be picked.
-        assert not {asker.ask(f"10.0.3.2:{port}", 0) for port in range(1, 101)} & set(taken)
+        assert not {asker.ask(f"10.0.3.2:{port}", 0) for port in range(1001, 1101)} & set(taken)
 
 
 def test_a_burst_of_retransmissions_makes_one_mapping(lab, serve, backend, asker):
@@ -197,7 +197,7 @@ def test_what_is_refused_makes_nothing(lab, serve, backend, asker):
 
 def test_refusals_are_printed_at_a_bounded_rate(lab, serve, asker):
     server = serve("--rate", "0")
-    for port in range(1, 201):
+    for port in range(1001, 1201):
         asker.send_request(f"192.168.0.1:{port}", 80)
     assert asker.ask("10.0.3.2:80", 80) == 80
     server.wait_line("^new")
@@ -229,7 +229,7 @@ def test_only_private_clients_by_default(lab, serve):
 
 def test_rate(lab, serve, asker):
     serve("--rate", "10")
-    for port in range(1, 101):
+    for port in range(1001, 1101):
         asker.send_request(f"10.0.3.2:{port}", 0)
     answered = len(list(asker.answers(0.5)))
     assert 10 <= answered <= 16
@@ -240,17 +240,23 @@ def test_rate(lab, serve, asker):
 
 
 def test_caps(lab, serve, asker):
-    serve("--max-per-client", "3", "--max-mappings", "4")
-    other = Asker(lab.host("r1"), lab.host("detour").address)
+    server = serve("--max-per-client", "3", "--max-mappings", "4")
+    detour, client, neighbour = lab.host("detour"), lab.host("client"), lab.host("r1")
+    other = Asker(neighbour, detour.address)
+    webs = [WhoAmI(lab.host("server"), port) for port in (1, 2, 3)]
     assert [asker.ask(f"10.0.3.2:{port}", port) for port in (1, 2, 3)] == [1, 2, 3]
+    assert other.ask("10.0.3.2:1", 1) == 1
+    flows = [Flow(client, detour.address, port) for port in (1, 2, 3)]
+    flows.append(Flow(neighbour, detour.address, 1))
+    assert len(mappings(detour)) == len(webs) + 1, "and to list is to look at the flows"
     asker.send_request("10.0.3.2:4", 4)
     assert asker.ask("10.0.3.2:3", 3) == 3, "what is there is still answered"
-    assert other.ask("10.0.3.2:1", 1) == 1
     other.send_request("10.0.3.2:2", 2)
     assert other.ask("10.0.3.2:1", 1) == 1
-    detour = lab.host("detour")
     assert asking.status(detour)["refused"] == {"client-full": 1, "full": 1}
     assert len(mappings(detour)) == 4
+    assert all(flow.echo() for flow in flows)
+    assert not server.matching("removed")
 
 
 def test_malformed_datagrams_get_no_answer(lab, serve, asker):
@@ -266,7 +272,7 @@ def test_malformed_datagrams_get_no_answer(lab, serve, asker):
 
 def test_a_thousand_mappings_in_the_kernel(lab, serve, backend, asker):
     serve("--rate", "0")
-    wanted = {f"10.0.3.{2 + number // 250}:{1 + number % 250}" for number in range(1000)}
+    wanted = {f"10.0.3.{2 + number // 250}:{101 + number % 250}" for number in range(1000)}
     left = set(wanted)
     while left:
         batch = sorted(left)[:64]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What one client, or many forged ones, cannot take from the others, nor from the detour."""
+
+import json
+import socket
+import time
+
+import pytest
+
+from detour_tools.endpoint import Endpoint, parse_endpoint
+from detour_tools.lab import namespaces
+from detour_tools.lab.network import Host
+from detour_tools.mproxy import PORT, v1
+from tests.netns import asking
+from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
+
+_IP_TRANSPARENT = 19  # include/uapi/linux/in.h
+
+
+def forge(host: Host, detour: object, sources: list[str], each: int = 1) -> None:
+    """Send requests for ``each`` remotes from each of these addresses, that are not the host's."""
+    for source in sources:
+        with namespaces.inside(host.namespace):
+            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with sender:
+            sender.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+            sender.bind((source, 0))
+            sender.connect((str(detour), PORT))
+            for number in range(each):
+                remote = Endpoint(parse_endpoint("45.0.0.1:1").address + number, 443)
+                sender.send(v1.encode(v1.Request(remote, 443)))
+                if number % 32 == 31:
+                    time.sleep(0.002)  # a flood that its own way does not lose
+
+
+def join_link(detour: Host, address: str) -> None:
+    """Give the detour another address on its link."""
+    route = json.loads(detour.run(["ip", "-json", "route", "get", "10.0.1.1"]).stdout)
+    detour.run(["ip", "address", "add", address, "dev", route[0]["dev"]])
+
+
+def counts(detour: Host) -> dict[str, int]:
+    """What became of the requests."""
+    return asking.status(detour)["requests"]
+
+
+def test_forged_requests_of_a_client_do_not_keep_it_out(lab, serve, asker):
+    serve("--rate", "0", "--max-per-client", "100")
+    detour, client = lab.host("detour"), lab.host("client")
+    WhoAmI(lab.host("server"), 443)
+    flow = Flow(client, detour.address, asker.ask("10.0.3.2:443", 443))
+    assert mappings(detour), "and to list is to look at the flows"
+    forge(client, detour.address, ["10.0.1.1"], each=300)
+    asking.in_time("the flood has come", (counts(detour)["evicted"] >= 150 for _ in range(99)))
+    assert [asker.ask(f"10.0.3.3:{port}", port) for port in range(5001, 5051)] == list(
+        range(5001, 5051))
+    assert asking.status(detour)["refused"] == {}
+    assert flow.echo(), "what is in use makes no room"
+    assert ("10.0.1.1", 443, "10.0.3.2:443") in mappings(detour)
+
+
+def test_forged_clients_do_not_keep_others_out(lab, serve, asker, backend):
+    serve("--rate", "0", "--max-mappings", "100")
+    detour = lab.host("detour")
+    forge(lab.host("r1"), detour.address, [f"10.77.{n // 200}.{1 + n % 200}" for n in range(300)])
+    asking.in_time("the flood has come", (counts(detour)["evicted"] >= 150 for _ in range(99)))
+    wanted = {("10.0.1.1", port, f"10.0.3.3:{port}") for port in range(5001, 5031)}
+    for _, port, remote in sorted(wanted):
+        assert asker.ask(remote, port) == port
+    assert wanted < mappings(detour) == set(kernel_mappings(detour, backend))
+    assert asking.status(detour)["mappings"] == 100
+    forge(lab.host("r1"), detour.address, [f"10.77.9.{1 + n % 200}" for n in range(60)])
+    assert wanted < mappings(detour), "the heavier ones go first"
+
+
+def test_a_mapping_that_was_never_used_goes_soon(lab, start):
+    detour, client = lab.host("detour"), lab.host("client")
+    code = ("from detour_tools.server import policy, upkeep\n"
+            "policy._UNPROVEN_SECONDS = 2.0; upkeep._SWEEP_SECONDS = 0.2\n"
+            "upkeep._PROVING_SECONDS = 0.5; upkeep._CHECK_SECONDS = 0.2\n"
+            "from detour_tools.cli.server import main; main()")
+    arguments = ["--allow-remote", "10.0.0.0/8"]
+    server = start(detour, ["python3", "-c", code, *arguments])
+    server.wait_line("serving")
+    WhoAmI(lab.host("server"), 443)
+    asker = Asker(client, detour.address)
+    Flow(client, detour.address, asker.ask("10.0.3.2:443", 443)).close()
+    asker.ask("10.0.3.3:443", 444)
+    server.wait_line("removed 1 idle mappings")
+    assert mappings(detour) == {("10.0.1.1", 443, "10.0.3.2:443")}
+
+
+def test_a_port_that_is_listened_on_later_is_the_hosts_again(lab, serve, asker, backend):
+    server = serve()
+    detour, client = lab.host("detour"), lab.host("client")
+    asker.ask("10.0.3.2:22", 22)
+    asker.ask("10.0.3.2:80", 80)
+    WhoAmI(detour, 22)
+    server.wait_line("removed 1 mappings of ports that this host listens on now")
+    left = {("10.0.1.1", 80, "10.0.3.2:80")}
+    assert mappings(detour) == set(kernel_mappings(detour, backend)) == left
+    assert Flow(client, detour.address, 22).seen_as == "10.0.1.1", "answered by the host itself"
+
+
+def test_a_port_that_is_listened_on_when_a_server_takes_over(lab, serve, asker):
+    server = serve()
+    detour = lab.host("detour")
+    asker.ask("10.0.3.2:22", 22)
+    server.kill()
+    WhoAmI(detour, 22)
+    serve()
+    assert not mappings(detour)
+
+
+@pytest.mark.parametrize(("remote", "options", "reason"), [
+    ("203.0.113.9:80", (), "on-link"),
+    ("203.0.113.9:80", ("--allow-remote", "203.0.113.0/24"), None),
+    ("168.63.129.16:80", (), "platform"),
+    ("45.0.0.1:25", (), "denied-port"),
+    ("45.0.0.1:25", ("--deny-port", "26"), None),
+    ("45.0.0.1:80", ("--deny-remote", "45.0.0.0/16"), "denied"),
+    ("45.0.0.1:80", ("--own-address", "45.0.0.1"), "detour"),
+])
+def test_remotes_that_are_nobodys_business(lab, start_server, asker, remote, options, reason):
+    detour = lab.host("detour")
+    join_link(detour, "203.0.113.1/24")
+    start_server(detour, *options)
+    assert asker.is_refused(remote, 4000) == (reason is not None)
+    assert asking.status(detour)["refused"] == ({reason: 1} if reason else {})
+
+
+def test_a_remote_that_comes_to_be_on_link(lab, serve, asker):
+    server = serve()
+    detour = lab.host("detour")
+    asker.ask("203.0.113.9:80", 4000)
+    asker.ask("45.0.0.1:80", 4001)
+    join_link(detour, "203.0.113.1/24")
+    server.wait_line("removed 1 mappings that are not allowed any more")
+    assert mappings(detour) == {("10.0.1.1", 4001, "45.0.0.1:80")}
+
+
+def test_lines_of_granted_requests_are_bounded(lab, serve, asker):
+    server = serve("--rate", "0", backend="nftables")
+    for number in range(1001, 1301):
+        asker.send_request(f"10.0.3.2:{number}", 0)
+    asking.in_time("all are served", (counts(lab.host("detour"))["new"] == 300
+                                      for _ in range(99)))
+    assert 1 <= len(server.matching("^new ")) <= 100
+
+
+def test_status_says_what_is_denied(lab, start_server):
+    detour = lab.host("detour")
+    start_server(detour, "--deny-remote", "45.0.0.0/16", "--deny-port", "6660-6669",
+                 "--own-address", "198.51.100.7")
+    text = detour.run(["detour-server", "status"]).stdout
+    assert "45.0.0.0/16, port 6660-6669" in text
+    assert "this host's, 198.51.100.7/32" in text
+    found = json.loads(detour.run(["detour-server", "status", "--json"]).stdout)["policy"]
+    assert (found["deny_remote"], found["deny_port"], found["own_address"]) == (
+        ["45.0.0.0/16"], ["6660-6669"], ["198.51.100.7/32"])
