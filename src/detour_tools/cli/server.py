@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--backend", choices=CHOICES,
                        help="what translates: nftables, iptables (legacy), or the first that "
                             f"works (default {default.backend})")
+    where.add_argument("--relay", choices=("joins", "tcp"),
+                       help="what is translated: TCP subflows that join an MPTCP connection, or "
+                            f"any TCP (default {default.relay})")
     where.add_argument("--control-group", metavar="GROUP",
                        help="group that may use status, list and flush, besides root")
     where.add_argument("--config", metavar="FILE", type=Path,

@@ -2,7 +2,8 @@
 """What a NAT back end does. All of it blocks: call it from one worker thread."""
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from detour_tools.mapping import Mapping
 
@@ -12,6 +13,20 @@ TABLE = "detour-tools"
 # Flows of mappings bear this conntrack label when they come to the forward chains, by which a
 # host's own firewall can tell them from what it has translated itself.
 LABEL = 97
+
+
+Relay = Literal["joins", "tcp"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What of the flows to mapped ports the rules let through.
+
+    ``relay``: "joins" is subflows that join an MPTCP connection (RFC 8684, section 3.2) and no
+    others, "tcp" is any TCP.
+    """
+
+    relay: Relay = "joins"
 
 
 class NatError(Exception):
@@ -34,8 +49,8 @@ class NatBackend(Protocol):
         Changes nothing, loads nothing, and may be asked before ``open``. Raises NatError.
         """
 
-    def install(self, mappings: Collection[Mapping], capacity: int) -> None:
-        """Make our rules anew, holding exactly these mappings, in one step.
+    def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
+        """Make our rules anew, holding exactly these mappings on these terms, in one step.
 
         There must be room for ``capacity`` mappings. Raises NatError.
         """

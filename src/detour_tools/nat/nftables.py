@@ -14,7 +14,7 @@ from typing import Any
 from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
-from detour_tools.nat.base import LABEL, TABLE, NatError
+from detour_tools.nat.base import LABEL, TABLE, NatError, Terms
 from detour_tools.netlink.nf_tables import NfTables
 
 # Ours come just before the host's own NAT (-100 and 100), so that a mapping that was answered
@@ -22,6 +22,9 @@ from detour_tools.netlink.nf_tables import NfTables
 #
 # 'input': a remote may become an address of the detour after its mapping was made; the detour's
 # own services stay out of reach all the same.
+#
+# 'opening': who may not use the detour for plain TCP could still send an MP_JOIN first, and other
+# SYNs over the same flow then; and a server without MPTCP answers an MP_JOIN as if it were none.
 #
 # 'ct status dnat': without it a plain forwarded flow of a client to a mapped remote would be
 # masqueraded, where the detour is also the client's router.
@@ -42,7 +45,7 @@ table ip {table} {{
     }}
     chain prerouting {{
         type nat hook prerouting priority dstnat - 1; policy accept;
-        fib daddr type local meta l4proto tcp dnat to ip saddr . tcp dport map @mappings
+        fib daddr type local {relayed} dnat to ip saddr . tcp dport map @mappings
     }}
     chain postrouting {{
         type nat hook postrouting priority srcnat - 1; policy accept;
@@ -52,17 +55,30 @@ table ip {table} {{
         type filter hook input priority filter; policy accept;
         {mapped} drop
     }}
+    chain opening {{
+        tcp option mptcp subtype {join} return
+        drop
+    }}
     chain forward {{
         type filter hook forward priority raw; policy accept;
-        {label}
+        {forward}
     }}
 }}
 """
+# In 'option mptcp': MP_JOIN (RFC 8684, section 8).
+_JOIN = 1
+_RELAYED = {
+    "joins": f"tcp flags & (fin | syn | rst | ack) == syn tcp option mptcp subtype {_JOIN}",
+    "tcp": "meta l4proto tcp",
+}
 # nft 1.0.6 lists no 'meta l4proto tcp' where a TCP port comes later in the rule, and refuses its
 # own listing then, as the size of 'proto-dst' depends on the protocol. 'tcp dport != 0', always
 # true, is listed and tells it: a rule set that an administrator saved must load again.
 _MAPPED = """ct status dnat tcp dport != 0 \
 ip saddr . ct original proto-dst . ip daddr . tcp dport @mapped"""
+# The same of packets in either direction.
+_OURS = """ct status dnat tcp dport != 0 ct original ip saddr . ct original proto-dst . \
+ct reply ip saddr . ct reply proto-src @mapped"""
 _LABEL = f"ct state new {_MAPPED} ct label set {LABEL}"
 
 # Elements a command: what libnftables takes in one go has no limit, but its parser's memory.
@@ -119,18 +135,17 @@ class NftablesBackend:
         return [_mapping(*element) for item in json.loads(output)["nftables"]
                 for element in item.get("map", {}).get("elem", ())]
 
-    def install(self, mappings: Collection[Mapping], capacity: int) -> None:
+    def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
         """Make our table anew; a table that stood there is replaced in the same transaction."""
         elements = "".join(_elements("add", mappings))
 
-        def make(label: str) -> None:
-            self._run(_RULESET.format(table=TABLE, size=capacity, mapped=_MAPPED, label=label)
-                      + elements)
+        def make(*, labels: bool) -> None:
+            self._run(_ruleset(capacity, terms, labels=labels) + elements)
 
         try:
-            make(_LABEL)
+            make(labels=True)
         except NatError:  # a kernel without labels does as well without this one
-            make("")
+            make(labels=False)
         self._handle = self._table_handle() or b""
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
@@ -155,6 +170,16 @@ class NftablesBackend:
 
     def _table_handle(self) -> bytes | None:
         return self._netlink.table_handle(TABLE) if self._netlink else None
+
+
+def _ruleset(capacity: int, terms: Terms, *, labels: bool) -> str:
+    forward = []
+    if terms.relay == "joins":
+        forward.append(f"tcp flags & syn == syn {_OURS} jump opening")
+    if labels:
+        forward.append(_LABEL)
+    return _RULESET.format(table=TABLE, size=capacity, mapped=_MAPPED, join=_JOIN,
+                           relayed=_RELAYED[terms.relay], forward="\n        ".join(forward))
 
 
 def _elements(verb: str, mappings: Collection[Mapping]) -> Iterable[str]:

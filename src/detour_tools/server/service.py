@@ -46,7 +46,7 @@ class Server:
         self._reload_wanted = asyncio.Event()
         self._started = time.monotonic()
         self._policy = Policy(settings.rules)
-        self._keeper = Keeper(settings.max_mappings)
+        self._keeper = Keeper(settings.max_mappings, settings.terms)
         self._warnings = Warnings()
         self._requests: Requests | None = None
         firewall = FirewallWatch(parse_endpoint(settings.listen, mproxy.PORT).port,
@@ -150,9 +150,10 @@ class Server:
         self._policy.set_rules(self._settings.rules)
         self._requests.forget()
         try:
-            await self._keeper.make_room(self._settings.max_mappings)
+            await self._keeper.adapt(self._settings.max_mappings, self._settings.terms)
         except NatError as error:
-            log.error("no room for max-mappings %d: %s", self._settings.max_mappings, error)
+            log.error("the kernel does not take rules for relay %s and max-mappings %d: %s",
+                      self._settings.relay, self._settings.max_mappings, error)
         await self._upkeep.remove_forbidden()
         log.info("reloaded")
 
@@ -172,6 +173,7 @@ class Server:
             repairs=self._keeper.repairs,
             unprinted=self._requests.unprinted,
             policy=PolicyStatus(
+                relay=settings.relay,
                 allow_client=(None if settings.allow_client is None
                               else tuple(map(str, settings.allow_client))),
                 allow_remote=tuple(map(str, settings.allow_remote)),

@@ -7,11 +7,12 @@ from typing import Literal
 from detour_tools import mproxy
 from detour_tools.endpoint import Network, parse_endpoint
 from detour_tools.errors import UserError
+from detour_tools.nat.base import Relay, Terms
 from detour_tools.server.policy import Rules
 
 # What takes effect on a reload; the rest needs a restart.
 RELOADABLE = ("allow_client", "allow_remote", "forbid_port", "rate", "max_per_client",
-              "max_mappings", "idle_timeout")
+              "max_mappings", "idle_timeout", "relay")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,11 +21,14 @@ class Settings:
 
     ``rate`` is requests a second of one client (0: no limit), ``idle_timeout`` seconds.
 
+    ``relay``: what is translated, "joins" of MPTCP connections or any "tcp".
+
     ``forbid_port`` are ports and ranges of them, as ``8080`` and ``9000-9100``.
     """
 
     listen: str = f"0.0.0.0:{mproxy.PORT}"
     backend: Literal["auto", "nftables", "iptables"] = "auto"
+    relay: Relay = "joins"
     allow_client: tuple[Network, ...] | None = None
     allow_remote: tuple[Network, ...] = ()
     forbid_port: tuple[str, ...] = ()
@@ -59,6 +63,11 @@ class Settings:
                      forbid_ports=tuple(map(_port_range, self.forbid_port)),
                      rate=self.rate, max_per_client=self.max_per_client,
                      max_mappings=self.max_mappings, idle_timeout=self.idle_timeout)
+
+    @property
+    def terms(self) -> Terms:
+        """The part that the kernel's rules apply."""
+        return Terms(relay=self.relay)
 
 
 def _port_range(text: str) -> range:

@@ -28,6 +28,7 @@ class PolicyStatus:
     ``allow_client`` None: those with private addresses.
     """
 
+    relay: str
     allow_client: tuple[str, ...] | None
     allow_remote: tuple[str, ...]
     forbid_port: tuple[str, ...]
@@ -79,6 +80,7 @@ class Status:
             ("refused", ", ".join(refused) or "nothing"),
             ("expired", str(self.expired)),
             ("lines not printed", str(self.unprinted)),
+            ("relayed", "joins of MPTCP connections" if policy.relay == "joins" else "any TCP"),
             ("clients", "private addresses" if policy.allow_client is None
              else ", ".join(policy.allow_client) or "nobody"),
             ("private remotes", ", ".join(policy.allow_remote) or "none"),
