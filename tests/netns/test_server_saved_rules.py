@@ -20,8 +20,9 @@ table inet admins {
 """
 # How rules are saved, cleared and loaded.
 SAVED = {"nftables": (["nft", "list", "ruleset"], ["nft", "flush", "ruleset"], ["nft", "-f", "-"]),
-         "iptables": (["iptables-legacy-save", "-t", "nat"],
-                      ["iptables-legacy", "-t", "nat", "-F"], ["iptables-legacy-restore"])}
+         "iptables": (["iptables-legacy-save"],
+                      ["sh", "-c", "iptables-legacy -t nat -F; iptables-legacy -F"],
+                      ["iptables-legacy-restore"])}
 
 
 def load(host: Host, command: list[str], text: str) -> None:
@@ -46,9 +47,10 @@ def admins(lab: Lab) -> Host:
     return detour
 
 
+@pytest.mark.parametrize("relay", ["joins", "tcp"])
 def test_what_is_listed_loads_again(lab: Lab, serve: Serve, backend: str, admins: Host,
-                                    asker: Asker):
-    serve()
+                                    asker: Asker, relay: str):
+    serve("--relay", relay)
     WhoAmI(lab.host("server"), 80)
     assert asker.ask("10.0.3.2:80", 80) == 80
     saved = save(admins, backend)
@@ -62,6 +64,9 @@ def test_what_is_listed_loads_again(lab: Lab, serve: Serve, backend: str, admins
     assert save(admins, backend) == saved
     if backend == "nftables":
         assert admins.run(["nft", "list", "table", "inet", "admins"]).stdout == host_rules
+    if relay == "joins":
+        assert asking.refuses(lab.host("client"), admins.address, 80)
+        return
     flow = Flow(lab.host("client"), admins.address, 80)
     assert flow.seen_as == str(admins.address)
     assert flow.echo()

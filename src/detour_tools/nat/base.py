@@ -10,6 +10,11 @@ from detour_tools.mapping import Mapping
 # Our table of nftables, of family ip.
 TABLE = "detour-tools"
 
+# Our chains of legacy iptables: two of the table nat, one of the table filter.
+PREROUTING = "DETOUR-PREROUTING"
+POSTROUTING = "DETOUR-POSTROUTING"
+FORWARD = "DETOUR-FORWARD"
+
 # Flows of mappings bear this conntrack label when they come to the forward chains, by which a
 # host's own firewall can tell them from what it has translated itself.
 LABEL = 97

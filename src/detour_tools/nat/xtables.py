@@ -11,7 +11,7 @@ from ipaddress import IPv4Address
 
 from detour_tools.endpoint import Endpoint
 from detour_tools.mapping import Mapping
-from detour_tools.nat.base import LABEL
+from detour_tools.nat.base import LABEL, Relay
 
 _TCP = 6
 _HOST = b"\xff" * 4
@@ -41,6 +41,9 @@ _ADDRTYPE_LOCAL = 1 << 2
 _CONNTRACK_STATE = 1 << 0
 _CONNTRACK_ORIGDST_PORT = 1 << 9
 _STATE_DNAT = 1 << 7
+_FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
+_TCPOPT_MPTCP = 30
+_TCP_INV_OPTION = 1 << 3
 _CONNLABEL_SET = 1 << 1
 _NAT_RANGE_MAP_IPS = 1
 _NAT_RANGE_PROTO_SPECIFIED = 2
@@ -69,9 +72,25 @@ _SET_LABEL = _extension("connlabel", 0, _CONNLABEL.pack(LABEL, _CONNLABEL_SET))
 _MASQUERADE_TARGET = _extension("MASQUERADE", 0, _MASQUERADE.pack(1, 0, _ANY, _ANY, b"", b""))
 
 
-def jump_for_local(chain: str) -> bytes:
-    """``-p tcp -m addrtype --dst-type LOCAL -j CHAIN``."""
-    return _jump(chain, _extension("addrtype", 1, _ADDRTYPE.pack(0, _ADDRTYPE_LOCAL, 0)))
+def jump_for_local(chain: str, relay: Relay) -> bytes:
+    """``-p tcp -m addrtype --dst-type LOCAL -j CHAIN``.
+
+    For joins ``--syn --tcp-option 30``: an MPTCP option of any subtype, as it can tell no more.
+    """
+    local = _extension("addrtype", 1, _ADDRTYPE.pack(0, _ADDRTYPE_LOCAL, 0))
+    return _jump(chain, local if relay == "tcp" else local + _extension("tcp", 0, _TCP_MATCH.pack(
+        0, 0xFFFF, 0, 0xFFFF, _TCPOPT_MPTCP, _FIN | _SYN | _RST | _ACK, _SYN, 0)))
+
+
+def jump_for_mapped(chain: str) -> bytes:
+    """``-p tcp -m connlabel --label LABEL -j CHAIN``."""
+    return _jump(chain, _extension("connlabel", 0, _CONNLABEL.pack(LABEL, 0)))
+
+
+def drop_plain() -> bytes:
+    """``-p tcp --tcp-flags SYN SYN ! --tcp-option 30 -j DROP``: a SYN or SYN/ACK without MPTCP."""
+    return _jump("DROP", _extension("tcp", 0, _TCP_MATCH.pack(
+        0, 0xFFFF, 0, 0xFFFF, _TCPOPT_MPTCP, _SYN, _SYN, _TCP_INV_OPTION)))
 
 
 def jump_for_translated(chain: str) -> bytes:
