@@ -3,6 +3,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from detour_tools.mapping import Mapping
@@ -20,6 +21,8 @@ FORWARD = "DETOUR-FORWARD"
 LABEL = 97
 
 
+_TRACKED = Path("/proc/sys/net/netfilter/nf_conntrack_max")
+
 Relay = Literal["joins", "tcp"]
 
 
@@ -29,9 +32,25 @@ class Terms:
 
     ``relay``: "joins" is subflows that join an MPTCP connection (RFC 8684, section 3.2) and no
     others, "tcp" is any TCP.
+
+    ``flows_per_client`` and ``flows`` (of all clients) may be open at a time; what comes beyond is
+    refused. 0: no limit. ``flows`` None: three quarters of what the kernel tracks at most, so that
+    the host's own connections find room.
     """
 
     relay: Relay = "joins"
+    flows_per_client: int = 2000
+    flows: int | None = None
+
+    @property
+    def all_flows(self) -> int:
+        """``flows``, or what it means now."""
+        if self.flows is not None:
+            return self.flows
+        try:
+            return int(_TRACKED.read_text(encoding="ascii")) * 3 // 4
+        except FileNotFoundError:  # the kernel tracks nothing yet
+            return 0
 
 
 class NatError(Exception):
@@ -65,6 +84,12 @@ class NatBackend(Protocol):
 
     def intact(self) -> bool:
         """Whether our rules still stand; cheap, and blind to changes within them."""
+
+    def refused_flows(self) -> int:
+        """How many flows the rules have refused for their number, since the first install.
+
+        Raises NatError.
+        """
 
     def uninstall(self) -> None:
         """Remove all that is ours; fine when there is nothing. Raises NatError."""

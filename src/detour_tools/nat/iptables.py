@@ -3,14 +3,17 @@
 
 Each mapping is two rules. The kernel takes legacy tables only as a whole and goes through rules
 one by one, so that both a commit and the first packet of a flow get dearer with the number of
-mappings: fine for thousands, not for more.
+mappings: fine for thousands, not for more. Flows are limited by client only: connlimit would look
+at all of them for each that begins.
 """
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import fcntl
 import importlib
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -22,6 +25,8 @@ from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
 from detour_tools.nat import xtables
 from detour_tools.nat.base import FORWARD, POSTROUTING, PREROUTING, NatError, Terms
+
+log = logging.getLogger(__name__)
 
 # Table: the kernel's chain, and ours that it jumps to.
 _CHAINS = {
@@ -56,6 +61,7 @@ class IptablesBackend:
         self._error: type[Exception] = NatError
         self._present: dict[Mapping, None] = {}
         self._label = True
+        self._refused_before = 0
 
     def open(self) -> None:
         """Load libiptc and the kernel's legacy tables."""
@@ -103,21 +109,23 @@ class IptablesBackend:
             self._renew("nat", nat)
             self._append(mappings)
 
-        def forward() -> None:
-            self._renew("filter", {FORWARD: xtables.jump_for_mapped(FORWARD)})
-            if terms.relay == "joins":
-                self._tables["filter"].append_entry(FORWARD, xtables.drop_plain())
-
         # What drops comes first: nothing passes in between that is not to.
-        try:
-            self._transaction("filter", forward)
-            self._transaction("nat", translate)
-        except _LockedError:
-            raise
-        except NatError:  # maybe of a kernel without labels; ours cannot be told in forward then
-            self._label = False
-            self._transaction("filter", lambda: self._clear("filter"))
-            self._transaction("nat", translate)
+        unlimited = dataclasses.replace(terms, flows_per_client=0)
+        for tried in (terms, unlimited, None):
+            self._label = tried is not None
+            try:
+                self._transaction("filter", partial(self._forward, tried))
+                self._transaction("nat", translate)
+                break
+            except _LockedError:
+                raise
+            except NatError:  # maybe of a kernel without connlimit, or without labels
+                if tried is None:
+                    raise
+        if tried != terms:
+            log.warning("flows are not limited: this kernel does not count them (xt_connlimit)"
+                        if tried else "this kernel has no conntrack labels (xt_connlabel): flows "
+                        "are not limited, and SYN/ACKs without MPTCP are not dropped")
         self._present = dict.fromkeys(mappings)
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
@@ -152,6 +160,17 @@ class IptablesBackend:
                    for name, chains in _CHAINS.items() if name == "nat" or self._label
                    for builtin, chain in chains)
 
+    def refused_flows(self) -> int:
+        """What the rule that refuses has met, and those before it."""
+        self._refresh("filter")
+        return self._refused_before + self._counted()
+
+    def _counted(self) -> int:
+        if not self._tables["filter"].is_chain(FORWARD):
+            return 0
+        return sum(xtables.packets(rule) for rule, target in self._rules("filter", FORWARD)
+                   if target == "REJECT")
+
     def uninstall(self) -> None:
         """Remove our chains and the jumps into them."""
         for name in self._tables:
@@ -165,6 +184,19 @@ class IptablesBackend:
 
     def _dnat(self, mapping: Mapping) -> bytes:
         return xtables.dnat(mapping, label=self._label)
+
+    def _forward(self, terms: Terms | None) -> None:
+        """What is dropped of mapped flows; they cannot be told without labels (None)."""
+        if terms is None:
+            self._clear("filter")
+            return
+        self._refused_before += self._counted()
+        self._renew("filter", {FORWARD: xtables.jump_for_mapped(FORWARD)})
+        if terms.relay == "joins":
+            self._tables["filter"].append_entry(FORWARD, xtables.drop_plain())
+        if terms.flows_per_client:
+            self._tables["filter"].append_entry(FORWARD,
+                                                xtables.refuse_above(terms.flows_per_client))
 
     def _renew(self, name: str, jumps: dict[str, bytes]) -> None:
         self._clear(name)
@@ -199,11 +231,11 @@ class IptablesBackend:
             entry = table.next_rule(entry)
         return found
 
-    def _refresh(self) -> None:
+    def _refresh(self, *names: str) -> None:
         try:
             with _xtables_lock():
-                for table in self._tables.values():
-                    table.refresh()
+                for name in names or self._tables:
+                    self._tables[name].refresh()
         except self._error as error:
             raise NatError(str(error)) from None
 

@@ -32,6 +32,10 @@ _ADDRTYPE = struct.Struct("=HHI")
 _CONNTRACK = struct.Struct("=128x8xH4H2H2H4H6x")
 # struct xt_connlabel_mtinfo: bit, options
 _CONNLABEL = struct.Struct("=HH4x")
+# struct xt_connlimit_info: mask, limit, flags
+_CONNLIMIT = struct.Struct("=16sII8x")
+# struct ipt_reject_info
+_REJECT = struct.Struct("=I4x")
 # struct nf_nat_range2: flags, min and max address, min, max and base port
 _DNAT = struct.Struct("=I4s12x4s12x2s2s2x6x")
 # struct nf_nat_ipv4_multi_range_compat: rangesize, flags, min and max address, min and max port
@@ -40,7 +44,9 @@ _MASQUERADE = struct.Struct("=II4s4s2s2s4x")
 _ADDRTYPE_LOCAL = 1 << 2
 _CONNTRACK_STATE = 1 << 0
 _CONNTRACK_ORIGDST_PORT = 1 << 9
+_STATE_NEW = 1 << 3
 _STATE_DNAT = 1 << 7
+_TCP_RESET = 7
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _TCPOPT_MPTCP = 30
 _TCP_INV_OPTION = 1 << 3
@@ -48,6 +54,7 @@ _CONNLABEL_SET = 1 << 1
 _NAT_RANGE_MAP_IPS = 1
 _NAT_RANGE_PROTO_SPECIFIED = 2
 
+_COUNTERS = struct.Struct("=QQ")      # at 96 in struct ipt_entry: packets and bytes
 _TARGET_OFFSET = struct.Struct("=H")  # at 88 in struct ipt_entry
 
 
@@ -97,6 +104,22 @@ def jump_for_translated(chain: str) -> bytes:
     """``-p tcp -m conntrack --ctstate DNAT -j CHAIN``."""
     return _jump(chain, _extension("conntrack", 3, _CONNTRACK.pack(
         0, 0, 0, 0, 0, _CONNTRACK_STATE, 0, _STATE_DNAT, 0, 0, 0, 0, 0)))
+
+
+def refuse_above(flows: int) -> bytes:
+    """``-p tcp -m conntrack --ctstate NEW -m connlimit --connlimit-above FLOWS -j REJECT``.
+
+    Of one source address; the client gets a reset.
+    """
+    new = _extension("conntrack", 3, _CONNTRACK.pack(
+        0, 0, 0, 0, 0, _CONNTRACK_STATE, 0, _STATE_NEW, 0, 0, 0, 0, 0))
+    above = _extension("connlimit", 1, _CONNLIMIT.pack(_HOST + bytes(12), flows, 0))
+    return _rule(matches=new + above, target=_extension("REJECT", 0, _REJECT.pack(_TCP_RESET)))
+
+
+def packets(rule: bytes) -> int:
+    """How many packets a rule has met, as the kernel told it."""
+    return int(_COUNTERS.unpack_from(rule, 96)[0])
 
 
 def _jump(chain: str, match: bytes) -> bytes:

@@ -42,6 +42,7 @@ class Keeper:
         self._capacity = 0
         self._backend: NatBackend | None = None
         self._last_repair = float("-inf")
+        self._refused_flows = 0
         self._nat_thread = ThreadPoolExecutor(1, "nat")
         # Apart from the other, so that a long look at the flows holds no request up.
         self._flow_thread = ThreadPoolExecutor(1, "flows")
@@ -132,6 +133,14 @@ class Keeper:
             if other or max_mappings + _SLACK > self._capacity:
                 await self._install()
 
+    async def refused_flows(self) -> int:
+        """How many flows the kernel refused, as there were too many."""
+        if self._backend is None:
+            return 0
+        with contextlib.suppress(NatError):  # busy
+            self._refused_flows = await self._in_nat(self._backend.refused_flows)
+        return self._refused_flows
+
     async def check(self) -> None:
         """Put our rules back when somebody else has removed them."""
         async with self.lock:
@@ -166,8 +175,12 @@ class Keeper:
     async def _install(self) -> None:
         assert self._backend is not None  # noqa: S101 - started
         self._capacity = max(self._max_mappings, len(self.table)) + _SLACK
-        await self._in_nat(self._backend.install, list(self.table.mappings()),
-                           self._capacity, self._terms)
+        limit: int | None = None
+        # Twice where the kernel tracked nothing before, and so told no limit.
+        while limit != self._terms.all_flows:
+            limit = self._terms.all_flows
+            await self._in_nat(self._backend.install, list(self.table.mappings()),
+                               self._capacity, self._terms)
 
     async def _in_nat(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(

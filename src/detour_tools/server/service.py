@@ -152,8 +152,7 @@ class Server:
         try:
             await self._keeper.adapt(self._settings.max_mappings, self._settings.terms)
         except NatError as error:
-            log.error("the kernel does not take rules for relay %s and max-mappings %d: %s",
-                      self._settings.relay, self._settings.max_mappings, error)
+            log.error("the kernel does not take rules for the new settings: %s", error)
         await self._upkeep.remove_forbidden()
         log.info("reloaded")
 
@@ -168,6 +167,7 @@ class Server:
             clients=self._keeper.table.clients,
             requests=dataclasses.asdict(self._requests.counters),
             refused={refusal.key: count for refusal, count in self._policy.refused.items()},
+            refused_flows=await self._keeper.refused_flows(),
             expired=self._upkeep.expired,
             failed_commits=self._keeper.failed_commits,
             repairs=self._keeper.repairs,
@@ -181,7 +181,9 @@ class Server:
                 rate=settings.rate,
                 max_per_client=settings.max_per_client,
                 max_mappings=settings.max_mappings,
-                idle_timeout=settings.idle_timeout),
+                idle_timeout=settings.idle_timeout,
+                max_flows_per_client=settings.max_flows_per_client,
+                max_flows=settings.terms.all_flows),
             warnings=tuple(self._warnings.all()),
         ).as_json()
 

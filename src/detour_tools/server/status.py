@@ -36,6 +36,8 @@ class PolicyStatus:
     max_per_client: int
     max_mappings: int
     idle_timeout: float
+    max_flows_per_client: int
+    max_flows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,7 @@ class Status:
     clients: int
     requests: dict[str, int]
     refused: dict[str, int]
+    refused_flows: int
     expired: int
     failed_commits: int
     repairs: int
@@ -78,6 +81,7 @@ class Status:
                          f"clients: {self.clients}"),
             ("requests", ", ".join(done) or "none yet"),
             ("refused", ", ".join(refused) or "nothing"),
+            ("flows refused", str(self.refused_flows)),
             ("expired", str(self.expired)),
             ("lines not printed", str(self.unprinted)),
             ("relayed", "joins of MPTCP connections" if policy.relay == "joins" else "any TCP"),
@@ -88,5 +92,7 @@ class Status:
              or "none but those that this host listens on"),
             ("limits", f"{policy.rate:g} requests/s and {policy.max_per_client} mappings "
                        f"a client, idle for {policy.idle_timeout:g} s"),
+            ("flows at a time", f"{policy.max_flows_per_client or 'any number'} of a client, "
+                                f"{policy.max_flows or 'any number'} in all"),
             *(("warning", text) for text in self.warnings),
         ]
