@@ -32,6 +32,9 @@ Serve = Callable[..., Daemon]
 # The lab's server has a private address.
 PRIVATE = ("--allow-remote", "10.0.0.0/8")
 
+# Most tests look through mappings by plain TCP.
+PLAIN = ("--relay", "tcp")
+
 _numbers = itertools.count()
 
 # What a developer's shell may export must not decide what is tested.
@@ -126,9 +129,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def serve(lab: Lab, start_server: StartServer, backend: str) -> Serve:
-    """Run ``detour-server`` with that back end: ``serve("--rate", 5)``."""
+    """Run ``detour-server`` with that back end, for any TCP: ``serve("--rate", 5)``."""
     def run(*arguments: object, backend: str = backend) -> Daemon:
-        return start_server(lab.host("detour"), "--backend", backend, *PRIVATE, *arguments)
+        return start_server(lab.host("detour"), "--backend", backend, *PRIVATE, *PLAIN, *arguments)
     return run
 
 

@@ -79,7 +79,7 @@ def test_a_mapping_that_was_never_used_goes_soon(lab, start):
             "policy._UNPROVEN_SECONDS = 2.0; upkeep._SWEEP_SECONDS = 0.2\n"
             "upkeep._PROVING_SECONDS = 0.5; upkeep._CHECK_SECONDS = 0.2\n"
             "from detour_tools.cli.server import main; main()")
-    arguments = ["--allow-remote", "10.0.0.0/8"]
+    arguments = ["--allow-remote", "10.0.0.0/8", "--relay", "tcp"]
     server = start(detour, ["python3", "-c", code, *arguments])
     server.wait_line("serving")
     WhoAmI(lab.host("server"), 443)

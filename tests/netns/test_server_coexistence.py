@@ -9,7 +9,7 @@ import pytest
 from detour_tools.lab.network import Host, Lab
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI
-from tests.netns.conftest import PRIVATE, StartServer
+from tests.netns.conftest import PLAIN, PRIVATE, StartServer
 
 FOREIGN_NFT = """
 table ip nat {
@@ -46,7 +46,7 @@ def test_foreign_rules_stay_byte_for_byte(lab: Lab, start_server: StartServer, b
     detour = lab.host("detour")
     add_foreign_rules(detour)
     before = asking.rules(detour)
-    server = start_server(detour, "--backend", backend, *PRIVATE)
+    server = start_server(detour, "--backend", backend, *PRIVATE, *PLAIN)
     asker = Asker(lab.host("client"), detour.address)
     for port in range(1, 20):
         asker.ask(f"10.0.3.2:{port}", port)
@@ -65,10 +65,10 @@ def test_foreign_rules_stay_after_a_kill_and_a_take_over(lab, start_server, back
     detour = lab.host("detour")
     add_foreign_rules(detour)
     before = asking.rules(detour)
-    server = start_server(detour, "--backend", backend, *PRIVATE)
+    server = start_server(detour, "--backend", backend, *PRIVATE, *PLAIN)
     Asker(lab.host("client"), detour.address).ask("10.0.3.2:1", 1)
     server.kill()
-    start_server(detour, "--backend", backend, *PRIVATE).stop()
+    start_server(detour, "--backend", backend, *PRIVATE, *PLAIN).stop()
     assert asking.rules(detour) == before
 
 
@@ -85,7 +85,7 @@ def test_a_foreign_dnat_is_neither_hidden_nor_masqueraded(lab, start_server, bac
         counter as_detour { }
     }""")
     web = WhoAmI(far, 81)
-    start_server(detour, "--backend", backend, *PRIVATE)
+    start_server(detour, "--backend", backend, *PRIVATE, *PLAIN)
     port = Asker(client, detour.address).ask("10.0.3.2:81", 81)
     # Ours: the far end sees the detour.
     flow = Flow(client, detour.address, port)
@@ -117,7 +117,7 @@ def test_a_foreign_masquerade_of_everything_does_not_get_in_the_way(lab, start_s
     detour.run(["iptables-legacy", "-t", "nat", "-A", "PREROUTING", "-p", "tcp",
                 "-j", "REDIRECT", "--to-ports", "9"])
     WhoAmI(lab.host("server"), 80)
-    start_server(detour, "--backend", backend, *PRIVATE)
+    start_server(detour, "--backend", backend, *PRIVATE, *PLAIN)
     port = Asker(client, detour.address).ask("10.0.3.2:80", 80)
     assert Flow(client, detour.address, port).seen_as == "10.0.6.2"
 
@@ -148,7 +148,7 @@ def test_a_firewall_that_drops_is_named_with_the_cure(lab, start_server, backend
     detour, client = lab.host("detour"), lab.host("client")
     detour.run(command, input=text)
     WhoAmI(lab.host("server"), 80)
-    server = start_server(detour, "--backend", backend, *PRIVATE)
+    server = start_server(detour, "--backend", backend, *PRIVATE, *PLAIN)
     warning = server.wait_line(words)
     asker = Asker(client, detour.address)
     port = asker.ask("10.0.3.2:80", 80)
@@ -157,7 +157,7 @@ def test_a_firewall_that_drops_is_named_with_the_cure(lab, start_server, backend
     server.stop()
     # What it says helps, and it says nothing any more then.
     detour.run(warning.split(" with: ")[1].split())
-    server = start_server(detour, "--backend", backend, *PRIVATE)
+    server = start_server(detour, "--backend", backend, *PRIVATE, *PLAIN)
     server.wait_line("serving")
     assert not server.matching("detoured packets")
     port = asker.ask("10.0.3.2:80", 80)
@@ -180,7 +180,7 @@ def test_the_cure_opens_no_port_that_the_host_publishes(lab, start_server, backe
         detour.run(["nft", "-f", "-"], input=FIREWALLS["nft policy"][1])
     else:
         detour.run(["iptables-legacy", "-P", "FORWARD", "DROP"])
-    start_server(detour, "--backend", backend, *PRIVATE)
+    start_server(detour, "--backend", backend, *PRIVATE, *PLAIN)
     detour.run(["python3", FORWARD, "open"])
     port = Asker(client, detour.address).ask("10.0.3.2:80", 80)
     assert Flow(client, detour.address, port).echo()
@@ -205,14 +205,14 @@ def test_a_firewall_that_lets_through_is_not_named(lab, start_server, backend):
         }
     }""")
     detour.run(["iptables-legacy", "-A", "FORWARD", "-p", "udp", "-j", "DROP"])
-    server = start_server(detour, "--backend", backend, *PRIVATE)
+    server = start_server(detour, "--backend", backend, *PRIVATE, *PLAIN)
     server.wait_line("serving")
     assert not server.matching("drop")
 
 
 def test_nftables_alone_does_not_load_legacy_tables(lab, start_server):
     detour = lab.host("detour")
-    start_server(detour, "--backend", "nftables", *PRIVATE).stop()
+    start_server(detour, "--backend", "nftables", *PRIVATE, *PLAIN).stop()
     assert detour.run(["cat", "/proc/net/ip_tables_names"]).stdout == ""
 
 
@@ -221,7 +221,7 @@ def test_a_comment_with_a_line_break_does_not_stop_the_server(lab, start_server,
     detour.run(["iptables-legacy", "-A", "FORWARD", "-m", "comment", "--comment", "two\nlines",
                 "-j", "ACCEPT"])
     detour.run(["iptables-legacy", "-A", "FORWARD", "-j", "DROP"])
-    server = start_server(detour, "--backend", backend, *PRIVATE)
+    server = start_server(detour, "--backend", backend, *PRIVATE, *PLAIN)
     server.wait_line("serving")
     assert "Traceback" not in server.output
 
@@ -238,12 +238,12 @@ def test_a_firewall_that_cannot_be_read_does_not_stop_the_server(lab, start, bac
 
 def test_an_element_with_a_comment_is_taken_over(lab, start_server):
     detour = lab.host("detour")
-    server = start_server(detour, *PRIVATE)
+    server = start_server(detour, *PRIVATE, *PLAIN)
     Asker(lab.host("client"), detour.address).ask("10.0.3.2:1", 1)
     server.kill()
     for which, element in (("mappings", '10.0.1.1 . 2 comment "mine" : 10.0.3.2 . 2'),
                            ("mapped", '10.0.1.1 . 2 . 10.0.3.2 . 2 comment "mine"')):
         detour.run(["nft", "add", "element", "ip", "detour-tools", which, f"{{ {element} }}"])
-    server = start_server(detour, *PRIVATE)
+    server = start_server(detour, *PRIVATE, *PLAIN)
     both = {("10.0.1.1", 1, "10.0.3.2:1"), ("10.0.1.1", 2, "10.0.3.2:2")}
     assert asking.mappings(detour) == set(asking.kernel_mappings(detour, "nftables")) == both

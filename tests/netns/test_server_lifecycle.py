@@ -18,7 +18,7 @@ from detour_tools.lab.network import Lab, environment
 from detour_tools.netlink.conntrack import Conntrack
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
-from tests.netns.conftest import PRIVATE, Start
+from tests.netns.conftest import PLAIN, PRIVATE, Start
 
 
 @pytest.fixture
@@ -373,7 +373,7 @@ def test_when_it_gets_crowded_unused_mappings_go_soon(lab, start: Start, backend
     code = ("from detour_tools.server import policy, upkeep\n"
             "policy._CROWDED_SECONDS = 1.0; upkeep._SWEEP_SECONDS = 0.2\n"
             "from detour_tools.cli.server import main; main()")
-    server = start(detour, [_python(), "-c", code, "--backend", backend, *PRIVATE,
+    server = start(detour, [_python(), "-c", code, "--backend", backend, *PRIVATE, *PLAIN,
                             "--max-mappings", "20"])
     server.wait_line("serving")
     asker = Asker(lab.host("client"), detour.address)

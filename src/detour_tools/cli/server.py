@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--backend", choices=CHOICES,
                        help="what translates: nftables, iptables (legacy), or the first that "
                             f"works (default {default.backend})")
+    where.add_argument("--relay", choices=("joins", "tcp"),
+                       help="what is translated: TCP subflows that join an MPTCP connection, or "
+                            f"any TCP (default {default.relay})")
     where.add_argument("--control-group", metavar="GROUP",
                        help="group that may use status, list and flush, besides root")
     where.add_argument("--config", metavar="FILE", type=Path,
@@ -98,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
                         help=f"mappings of one client (default {default.max_per_client})")
     policy.add_argument("--max-mappings", metavar="N", type=common.whole_number(1, 10_000_000),
                         help=f"mappings in all (default {default.max_mappings})")
+    policy.add_argument("--max-flows-per-client", metavar="N",
+                        type=common.whole_number(0, 10_000_000),
+                        help="flows of one client at a time, 0 is no limit "
+                             f"(default {default.max_flows_per_client})")
+    policy.add_argument("--max-flows", metavar="N", type=common.whole_number(0, 100_000_000),
+                        help="flows at a time in all, 0 is no limit (default: three quarters of "
+                             "net.netfilter.nf_conntrack_max)")
     policy.add_argument("--idle-timeout", metavar="SECONDS", type=common.number(1, 1e9),
                         help="remove a mapping without flow and request for so long "
                              f"(default {default.idle_timeout:g})")

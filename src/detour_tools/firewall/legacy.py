@@ -8,6 +8,7 @@ from typing import Any
 
 from detour_tools.firewall.judge import Chain, Rule
 from detour_tools.firewall.packet import Condition
+from detour_tools.nat.base import FORWARD, POSTROUTING, PREROUTING
 
 _HOOKS = {"FORWARD": "forward", "INPUT": "input", "PREROUTING": "prerouting"}
 _KEYS = {"-s": "ip saddr", "-p": "meta l4proto", "-i": "meta iifname", "-o": "meta oifname",
@@ -17,6 +18,7 @@ _PORTS = ("--dport", "--dports")
 # Modules whose options say all that they ask for.
 _MODULES = frozenset({"tcp", "udp", "icmp", "multiport", "conntrack", "state", "comment",
                       "connlabel", "addrtype", "pkttype"})
+_OURS = (PREROUTING, POSTROUTING, FORWARD)
 _VERDICTS = {"ACCEPT": "accept", "DROP": "drop", "REJECT": "drop", "RETURN": "return",
              "NOTRACK": "notrack"}
 
@@ -33,6 +35,8 @@ def chains(text: str, tool: str, table: str = "filter") -> list[Chain]:
         try:
             words = shlex.split(line)
         except ValueError:  # part of a rule whose comment has line breaks
+            continue
+        if words[-1:] and words[-1] in _OURS:  # what these drop is meant to be dropped
             continue
         if len(words) > 1 and words[0] in ("-P", "-N"):
             name = words[1]

@@ -2,16 +2,55 @@
 """What a NAT back end does. All of it blocks: call it from one worker thread."""
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
 
 from detour_tools.mapping import Mapping
 
 # Our table of nftables, of family ip.
 TABLE = "detour-tools"
 
+# Our chains of legacy iptables: two of the table nat, one of the table filter.
+PREROUTING = "DETOUR-PREROUTING"
+POSTROUTING = "DETOUR-POSTROUTING"
+FORWARD = "DETOUR-FORWARD"
+
 # Flows of mappings bear this conntrack label when they come to the forward chains, by which a
 # host's own firewall can tell them from what it has translated itself.
 LABEL = 97
+
+
+_TRACKED = Path("/proc/sys/net/netfilter/nf_conntrack_max")
+
+Relay = Literal["joins", "tcp"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What of the flows to mapped ports the rules let through.
+
+    ``relay``: "joins" is subflows that join an MPTCP connection (RFC 8684, section 3.2) and no
+    others, "tcp" is any TCP.
+
+    ``flows_per_client`` and ``flows`` (of all clients) may be open at a time; what comes beyond is
+    refused. 0: no limit. ``flows`` None: three quarters of what the kernel tracks at most, so that
+    the host's own connections find room.
+    """
+
+    relay: Relay = "joins"
+    flows_per_client: int = 2000
+    flows: int | None = None
+
+    @property
+    def all_flows(self) -> int:
+        """``flows``, or what it means now."""
+        if self.flows is not None:
+            return self.flows
+        try:
+            return int(_TRACKED.read_text(encoding="ascii")) * 3 // 4
+        except FileNotFoundError:  # the kernel tracks nothing yet
+            return 0
 
 
 class NatError(Exception):
@@ -34,8 +73,8 @@ class NatBackend(Protocol):
         Changes nothing, loads nothing, and may be asked before ``open``. Raises NatError.
         """
 
-    def install(self, mappings: Collection[Mapping], capacity: int) -> None:
-        """Make our rules anew, holding exactly these mappings, in one step.
+    def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
+        """Make our rules anew, holding exactly these mappings on these terms, in one step.
 
         There must be room for ``capacity`` mappings. Raises NatError.
         """
@@ -45,6 +84,12 @@ class NatBackend(Protocol):
 
     def intact(self) -> bool:
         """Whether our rules still stand; cheap, and blind to changes within them."""
+
+    def refused_flows(self) -> int:
+        """How many flows the rules have refused for their number, since the first install.
+
+        Raises NatError.
+        """
 
     def uninstall(self) -> None:
         """Remove all that is ours; fine when there is nothing. Raises NatError."""

@@ -1,32 +1,38 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The iptables back end: two chains of ours in the legacy nat table, for hosts without nftables.
+"""The iptables back end: chains of ours in the legacy tables, for hosts without nftables.
 
 Each mapping is two rules. The kernel takes legacy tables only as a whole and goes through rules
 one by one, so that both a commit and the first packet of a flow get dearer with the number of
-mappings: fine for thousands, not for more.
+mappings: fine for thousands, not for more. Flows are limited by client only: connlimit would look
+at all of them for each that begins.
 """
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import fcntl
 import importlib
+import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
 from detour_tools.nat import xtables
-from detour_tools.nat.base import NatError
+from detour_tools.nat.base import FORWARD, POSTROUTING, PREROUTING, NatError, Terms
 
-PREROUTING = "DETOUR-PREROUTING"
-POSTROUTING = "DETOUR-POSTROUTING"
+log = logging.getLogger(__name__)
 
-_JUMPS = (("PREROUTING", PREROUTING, xtables.jump_for_local(PREROUTING)),
-          ("POSTROUTING", POSTROUTING, xtables.jump_for_translated(POSTROUTING)))
+# Table: the kernel's chain, and ours that it jumps to.
+_CHAINS = {
+    "nat": (("PREROUTING", PREROUTING), ("POSTROUTING", POSTROUTING)),
+    "filter": (("FORWARD", FORWARD),),
+}
 
 _TABLES = Path("/proc/net/ip_tables_names")
 _LOCK = Path("/run/xtables.lock")
@@ -51,13 +57,17 @@ class IptablesBackend:
     name = "iptables"
 
     def __init__(self) -> None:
-        self._table: Any = None
+        self._tables: dict[str, Any] = {}
         self._error: type[Exception] = NatError
         self._present: dict[Mapping, None] = {}
         self._label = True
+        self._refused_before = 0
 
     def open(self) -> None:
-        """Load libiptc and the kernel's legacy nat table."""
+        """Load libiptc and the kernel's legacy tables."""
+        self._load(_CHAINS)
+
+    def _load(self, names: Iterable[str]) -> None:
         try:
             iptc = importlib.import_module("iptc")
         except Exception as error:  # whatever its loading of libraries raises
@@ -65,47 +75,57 @@ class IptablesBackend:
                             "apt install python3-iptables, or use --backend nftables") from None
         self._error = iptc.IPTCError
         try:
-            self._table = iptc.Table("nat", autocommit=False)
+            for name in names:
+                self._tables[name] = iptc.Table(name, autocommit=False)
         except self._error as error:
             raise UserError(f"this kernel's legacy iptables cannot be used: {error}",
-                            "modprobe iptable_nat, or use --backend nftables") from None
+                            "modprobe -a iptable_nat iptable_filter, or use --backend nftables"
+                            ) from None
 
     def leftovers(self) -> list[Mapping] | None:
         """The mappings of our DNAT rules."""
         try:
             # Without this a mere look would load the legacy tables into the kernel.
-            if "nat" not in _TABLES.read_text(encoding="ascii").split():
-                return None
+            loaded = [name for name in _TABLES.read_text(encoding="ascii").split()
+                      if name in _CHAINS]
         except (FileNotFoundError, PermissionError):  # only root, who may read it, makes rules
             return None
-        if self._table is None:
-            self.open()
+        self._load(loaded)
         self._refresh()
-        if not any(self._table.is_chain(chain) for _, chain, _ in _JUMPS):
-            return None
-        if not self._table.is_chain(PREROUTING):
-            return []
-        return [found for rule, _ in self._rules(PREROUTING)
+        ours = [chain for name, table in self._tables.items()
+                for _, chain in _CHAINS[name] if table.is_chain(chain)]
+        if PREROUTING not in ours:
+            return [] if ours else None
+        return [found for rule, _ in self._rules("nat", PREROUTING)
                 if (found := xtables.read_dnat(rule)) is not None]
 
-    def install(self, mappings: Collection[Mapping], capacity: int) -> None:
+    def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
         """Make our chains and the jumps into them anew; legacy tables have no limit."""
         del capacity
+        nat = {PREROUTING: xtables.jump_for_local(PREROUTING, terms.relay),
+               POSTROUTING: xtables.jump_for_translated(POSTROUTING)}
 
-        def change() -> None:
-            self._clear()
-            for builtin, chain, jump in _JUMPS:
-                self._table.create_chain(chain)
-                self._table.insert_entry(builtin, jump, 0)
+        def translate() -> None:
+            self._renew("nat", nat)
             self._append(mappings)
 
-        try:
-            self._transaction(change)
-        except _LockedError:
-            raise
-        except NatError:  # maybe of a kernel without labels, which does as well without
-            self._label = False
-            self._transaction(change)
+        # What drops comes first: nothing passes in between that is not to.
+        unlimited = dataclasses.replace(terms, flows_per_client=0)
+        for tried in (terms, unlimited, None):
+            self._label = tried is not None
+            try:
+                self._transaction("filter", partial(self._forward, tried))
+                self._transaction("nat", translate)
+                break
+            except _LockedError:
+                raise
+            except NatError:  # maybe of a kernel without connlimit, or without labels
+                if tried is None:
+                    raise
+        if tried != terms:
+            log.warning("flows are not limited: this kernel does not count them (xt_connlimit)"
+                        if tried else "this kernel has no conntrack labels (xt_connlabel): flows "
+                        "are not limited, and SYN/ACKs without MPTCP are not dropped")
         self._present = dict.fromkeys(mappings)
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
@@ -115,18 +135,18 @@ class IptablesBackend:
             present.pop(mapping, None)
 
         def change() -> None:
+            table = self._tables["nat"]
             if len(remove) > _REMOVE_ONE_BY_ONE:
-                for _, chain, _ in _JUMPS:
-                    self._table.flush_entries(chain)
+                for _, chain in _CHAINS["nat"]:
+                    table.flush_entries(chain)
                 self._append(present)
             else:
                 for mapping in remove:
-                    self._table.delete_entry(PREROUTING, self._dnat(mapping), _WHOLE_RULE)
-                    self._table.delete_entry(POSTROUTING, xtables.masquerade(mapping),
-                                             _WHOLE_RULE)
+                    table.delete_entry(PREROUTING, self._dnat(mapping), _WHOLE_RULE)
+                    table.delete_entry(POSTROUTING, xtables.masquerade(mapping), _WHOLE_RULE)
             self._append(add)
 
-        self._transaction(change)
+        self._transaction("nat", change)
         present.update(dict.fromkeys(add))
         self._present = present
 
@@ -136,62 +156,97 @@ class IptablesBackend:
             self._refresh()
         except NatError:
             return True  # busy: no reason to think so
-        return all(any(target == chain for _, target in self._rules(builtin))
-                   for builtin, chain, _ in _JUMPS)
+        return all(any(target == chain for _, target in self._rules(name, builtin))
+                   for name, chains in _CHAINS.items() if name == "nat" or self._label
+                   for builtin, chain in chains)
+
+    def refused_flows(self) -> int:
+        """What the rule that refuses has met, and those before it."""
+        self._refresh("filter")
+        return self._refused_before + self._counted()
+
+    def _counted(self) -> int:
+        if not self._tables["filter"].is_chain(FORWARD):
+            return 0
+        return sum(xtables.packets(rule) for rule, target in self._rules("filter", FORWARD)
+                   if target == "REJECT")
 
     def uninstall(self) -> None:
         """Remove our chains and the jumps into them."""
-        self._transaction(self._clear)
+        for name in self._tables:
+            self._transaction(name, partial(self._clear, name))
         self._present = {}
 
     def _append(self, mappings: Collection[Mapping]) -> None:
         for mapping in mappings:
-            self._table.append_entry(PREROUTING, self._dnat(mapping))
-            self._table.append_entry(POSTROUTING, xtables.masquerade(mapping))
+            self._tables["nat"].append_entry(PREROUTING, self._dnat(mapping))
+            self._tables["nat"].append_entry(POSTROUTING, xtables.masquerade(mapping))
 
     def _dnat(self, mapping: Mapping) -> bytes:
         return xtables.dnat(mapping, label=self._label)
 
-    def _clear(self) -> None:
-        for builtin, chain, _ in _JUMPS:
-            numbers = [number for number, (_, target) in enumerate(self._rules(builtin))
+    def _forward(self, terms: Terms | None) -> None:
+        """What is dropped of mapped flows; they cannot be told without labels (None)."""
+        if terms is None:
+            self._clear("filter")
+            return
+        self._refused_before += self._counted()
+        self._renew("filter", {FORWARD: xtables.jump_for_mapped(FORWARD)})
+        if terms.relay == "joins":
+            self._tables["filter"].append_entry(FORWARD, xtables.drop_plain())
+        if terms.flows_per_client:
+            self._tables["filter"].append_entry(FORWARD,
+                                                xtables.refuse_above(terms.flows_per_client))
+
+    def _renew(self, name: str, jumps: dict[str, bytes]) -> None:
+        self._clear(name)
+        for builtin, chain in _CHAINS[name]:
+            self._tables[name].create_chain(chain)
+            self._tables[name].insert_entry(builtin, jumps[chain], 0)
+
+    def _clear(self, name: str) -> None:
+        table = self._tables[name]
+        for builtin, chain in _CHAINS[name]:
+            numbers = [number for number, (_, target) in enumerate(self._rules(name, builtin))
                        if target == chain]
             for number in reversed(numbers):
-                self._delete_number(builtin, number)
-            if self._table.is_chain(chain):
-                self._table.flush_entries(chain)
-                self._table.delete_chain(chain)
+                self._delete_number(table, builtin, number)
+            if table.is_chain(chain):
+                table.flush_entries(chain)
+                table.delete_chain(chain)
 
-    def _delete_number(self, chain: str, number: int) -> None:
+    def _delete_number(self, table: Any, chain: str, number: int) -> None:
         # python-iptables wraps every call of libiptc but this one.
-        libiptc = self._table._iptc
-        if libiptc.iptc_delete_num_entry(chain.encode(), number, self._table._handle) != 1:
+        if table._iptc.iptc_delete_num_entry(chain.encode(), number, table._handle) != 1:
             raise self._error(f"can't delete rule {number + 1} of {chain}")
 
-    def _rules(self, chain: str) -> list[tuple[bytes, str]]:
+    def _rules(self, name: str, chain: str) -> list[tuple[bytes, str]]:
         found = []
-        entry = self._table.first_rule(chain)
+        table = self._tables[name]
+        entry = table.first_rule(chain)
         while entry:
-            target = self._table.get_target(entry) or b""
+            target = table.get_target(entry) or b""
             found.append((ctypes.string_at(ctypes.addressof(entry), entry.next_offset),
                           target.decode(errors="replace")))
-            entry = self._table.next_rule(entry)
+            entry = table.next_rule(entry)
         return found
 
-    def _refresh(self) -> None:
+    def _refresh(self, *names: str) -> None:
         try:
             with _xtables_lock():
-                self._table.refresh()
+                for name in names or self._tables:
+                    self._tables[name].refresh()
         except self._error as error:
             raise NatError(str(error)) from None
 
-    def _transaction(self, change: Callable[[], None]) -> None:
+    def _transaction(self, name: str, change: Callable[[], None]) -> None:
+        table = self._tables[name]
         for attempt in range(_ATTEMPTS):
             with _xtables_lock():
                 try:
-                    self._table.refresh()
+                    table.refresh()
                     change()
-                    self._table.commit()
+                    table.commit()
                     return
                 except self._error as error:
                     # EAGAIN: somebody who does not take the lock changed the table meanwhile.

@@ -5,8 +5,10 @@ A mapping is one element of the map (for DNAT) and one of the set (for SNAT), so
 commit nor a packet gets dearer with their number.
 """
 
+import dataclasses
 import importlib
 import json
+import logging
 from collections.abc import Collection, Iterable, Sequence
 from ipaddress import ip_address
 from typing import Any
@@ -14,14 +16,22 @@ from typing import Any
 from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
-from detour_tools.nat.base import LABEL, TABLE, NatError
+from detour_tools.nat.base import LABEL, TABLE, NatError, Terms
 from detour_tools.netlink.nf_tables import NfTables
+
+log = logging.getLogger(__name__)
 
 # Ours come just before the host's own NAT (-100 and 100), so that a mapping that was answered
 # means what the answer said. Only flows that are ours match, everything else passes on.
 #
 # 'input': a remote may become an address of the detour after its mapping was made; the detour's
 # own services stay out of reach all the same.
+#
+# 'opening': who may not use the detour for plain TCP could still send an MP_JOIN first, and other
+# SYNs over the same flow then; and a server without MPTCP answers an MP_JOIN as if it were none.
+#
+# 'clients' and 'shares': the kernel removes an element when the last flow that it counts has ended.
+# A set that is full would count no more, so that there is room for the client of each mapping.
 #
 # 'ct status dnat': without it a plain forwarded flow of a client to a mapped remote would be
 # masqueraded, where the detour is also the client's router.
@@ -40,9 +50,21 @@ table ip {table} {{
         type ipv4_addr . inet_service . ipv4_addr . inet_service
         size {size}
     }}
+    set clients {{
+        type ipv4_addr
+        size {size}
+        flags dynamic
+    }}
+    set shares {{
+        type inet_service
+        size {most_shares}
+        flags dynamic
+    }}
+    counter refused-flows {{
+    }}
     chain prerouting {{
         type nat hook prerouting priority dstnat - 1; policy accept;
-        fib daddr type local meta l4proto tcp dnat to ip saddr . tcp dport map @mappings
+        fib daddr type local {relayed} dnat to ip saddr . tcp dport map @mappings
     }}
     chain postrouting {{
         type nat hook postrouting priority srcnat - 1; policy accept;
@@ -52,18 +74,41 @@ table ip {table} {{
         type filter hook input priority filter; policy accept;
         {mapped} drop
     }}
+    chain opening {{
+        tcp option mptcp subtype {join} return
+        drop
+    }}
+    chain beginning {{
+        {beginning}
+    }}
     chain forward {{
         type filter hook forward priority raw; policy accept;
-        {label}
+        {forward}
     }}
 }}
 """
+# In 'option mptcp': MP_JOIN (RFC 8684, section 8).
+_JOIN = 1
+_RELAYED = {
+    "joins": f"tcp flags & (fin | syn | rst | ack) == syn tcp option mptcp subtype {_JOIN}",
+    "tcp": "meta l4proto tcp",
+}
 # nft 1.0.6 lists no 'meta l4proto tcp' where a TCP port comes later in the rule, and refuses its
 # own listing then, as the size of 'proto-dst' depends on the protocol. 'tcp dport != 0', always
 # true, is listed and tells it: a rule set that an administrator saved must load again.
 _MAPPED = """ct status dnat tcp dport != 0 \
 ip saddr . ct original proto-dst . ip daddr . tcp dport @mapped"""
-_LABEL = f"ct state new {_MAPPED} ct label set {LABEL}"
+# The same of packets in either direction.
+_OURS = """ct status dnat tcp dport != 0 ct original ip saddr . ct original proto-dst . \
+ct reply ip saddr . ct reply proto-src @mapped"""
+
+# To count all flows as one would take a look at each of them, for each that begins. They are
+# counted in shares of some hundred instead, by bits of the client's port: not by the lowest, as
+# connect() on Linux prefers ports that are even (net/ipv4/inet_hashtables.c).
+_SHARE = 128
+_MOST_SHARES = 1024
+_COUNTER = "refused-flows"
+_REFUSE = f"counter name {_COUNTER} reject with tcp reset"
 
 # Elements a command: what libnftables takes in one go has no limit, but its parser's memory.
 _CHUNK = 4096
@@ -94,6 +139,7 @@ class NftablesBackend:
         except OSError:  # a kernel without nf_tables, which open() says in its words
             self._netlink = None
         self._handle = b""
+        self._refused_before = 0
 
     def open(self) -> None:
         """Load libnftables, and see that the kernel answers it."""
@@ -119,18 +165,23 @@ class NftablesBackend:
         return [_mapping(*element) for item in json.loads(output)["nftables"]
                 for element in item.get("map", {}).get("elem", ())]
 
-    def install(self, mappings: Collection[Mapping], capacity: int) -> None:
+    def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
         """Make our table anew; a table that stood there is replaced in the same transaction."""
         elements = "".join(_elements("add", mappings))
 
-        def make(label: str) -> None:
-            self._run(_RULESET.format(table=TABLE, size=capacity, mapped=_MAPPED, label=label)
-                      + elements)
-
-        try:
-            make(_LABEL)
-        except NatError:  # a kernel without labels does as well without this one
-            make("")
+        refused = self._counted()
+        unlimited = dataclasses.replace(terms, flows_per_client=0, flows=0)
+        # A kernel without labels or 'ct count' does without these.
+        for tried, labels in ((terms, True), (terms, False), (unlimited, True), (unlimited, False)):
+            try:
+                self._run(_ruleset(capacity, tried, labels=labels) + elements)
+                break
+            except NatError:
+                if tried == unlimited and not labels:
+                    raise
+        if tried != terms:
+            log.warning("flows are not limited: this kernel does not count them (nft_connlimit)")
+        self._refused_before += refused
         self._handle = self._table_handle() or b""
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
@@ -140,6 +191,16 @@ class NftablesBackend:
     def intact(self) -> bool:
         """Whether the table is the one we made."""
         return bool(self._handle) and self._table_handle() == self._handle
+
+    def refused_flows(self) -> int:
+        """What our counter says, and those before it."""
+        return self._refused_before + self._counted()
+
+    def _counted(self) -> int:
+        # The table of a server before us has counted for that one.
+        if not self._handle or self._netlink is None:
+            return 0
+        return self._netlink.counted(TABLE, _COUNTER)
 
     def uninstall(self) -> None:
         """Remove our table."""
@@ -155,6 +216,28 @@ class NftablesBackend:
 
     def _table_handle(self) -> bytes | None:
         return self._netlink.table_handle(TABLE) if self._netlink else None
+
+
+def _ruleset(capacity: int, terms: Terms, *, labels: bool) -> str:
+    forward = []
+    if terms.relay == "joins":
+        forward.append(f"tcp flags & syn == syn {_OURS} jump opening")
+    forward.append(f"ct state new {_OURS} goto beginning")
+    beginning = [f"ct label set {LABEL}"] if labels else []
+    flows = terms.all_flows
+    if terms.flows_per_client:
+        beginning.append(f"add @clients {{ ip saddr ct count over {terms.flows_per_client} }} "
+                         f"{_REFUSE}")
+    if flows >= 2 * _SHARE:
+        shares = min(1 << (flows // _SHARE).bit_length() - 1, _MOST_SHARES)
+        beginning.append(f"add @shares {{ tcp sport & {shares - 1 << 1} "
+                         f"ct count over {flows // shares} }} {_REFUSE}")
+    elif flows:
+        beginning.append(f"ct count over {terms.flows} {_REFUSE}")
+    return _RULESET.format(table=TABLE, size=capacity, most_shares=_MOST_SHARES, mapped=_MAPPED,
+                           join=_JOIN, relayed=_RELAYED[terms.relay],
+                           beginning="\n        ".join(beginning),
+                           forward="\n        ".join(forward))
 
 
 def _elements(verb: str, mappings: Collection[Mapping]) -> Iterable[str]:

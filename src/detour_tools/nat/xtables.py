@@ -11,7 +11,7 @@ from ipaddress import IPv4Address
 
 from detour_tools.endpoint import Endpoint
 from detour_tools.mapping import Mapping
-from detour_tools.nat.base import LABEL
+from detour_tools.nat.base import LABEL, Relay
 
 _TCP = 6
 _HOST = b"\xff" * 4
@@ -32,6 +32,10 @@ _ADDRTYPE = struct.Struct("=HHI")
 _CONNTRACK = struct.Struct("=128x8xH4H2H2H4H6x")
 # struct xt_connlabel_mtinfo: bit, options
 _CONNLABEL = struct.Struct("=HH4x")
+# struct xt_connlimit_info: mask, limit, flags
+_CONNLIMIT = struct.Struct("=16sII8x")
+# struct ipt_reject_info
+_REJECT = struct.Struct("=I4x")
 # struct nf_nat_range2: flags, min and max address, min, max and base port
 _DNAT = struct.Struct("=I4s12x4s12x2s2s2x6x")
 # struct nf_nat_ipv4_multi_range_compat: rangesize, flags, min and max address, min and max port
@@ -40,11 +44,17 @@ _MASQUERADE = struct.Struct("=II4s4s2s2s4x")
 _ADDRTYPE_LOCAL = 1 << 2
 _CONNTRACK_STATE = 1 << 0
 _CONNTRACK_ORIGDST_PORT = 1 << 9
+_STATE_NEW = 1 << 3
 _STATE_DNAT = 1 << 7
+_TCP_RESET = 7
+_FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
+_TCPOPT_MPTCP = 30
+_TCP_INV_OPTION = 1 << 3
 _CONNLABEL_SET = 1 << 1
 _NAT_RANGE_MAP_IPS = 1
 _NAT_RANGE_PROTO_SPECIFIED = 2
 
+_COUNTERS = struct.Struct("=QQ")      # at 96 in struct ipt_entry: packets and bytes
 _TARGET_OFFSET = struct.Struct("=H")  # at 88 in struct ipt_entry
 
 
@@ -69,15 +79,47 @@ _SET_LABEL = _extension("connlabel", 0, _CONNLABEL.pack(LABEL, _CONNLABEL_SET))
 _MASQUERADE_TARGET = _extension("MASQUERADE", 0, _MASQUERADE.pack(1, 0, _ANY, _ANY, b"", b""))
 
 
-def jump_for_local(chain: str) -> bytes:
-    """``-p tcp -m addrtype --dst-type LOCAL -j CHAIN``."""
-    return _jump(chain, _extension("addrtype", 1, _ADDRTYPE.pack(0, _ADDRTYPE_LOCAL, 0)))
+def jump_for_local(chain: str, relay: Relay) -> bytes:
+    """``-p tcp -m addrtype --dst-type LOCAL -j CHAIN``.
+
+    For joins ``--syn --tcp-option 30``: an MPTCP option of any subtype, as it can tell no more.
+    """
+    local = _extension("addrtype", 1, _ADDRTYPE.pack(0, _ADDRTYPE_LOCAL, 0))
+    return _jump(chain, local if relay == "tcp" else local + _extension("tcp", 0, _TCP_MATCH.pack(
+        0, 0xFFFF, 0, 0xFFFF, _TCPOPT_MPTCP, _FIN | _SYN | _RST | _ACK, _SYN, 0)))
+
+
+def jump_for_mapped(chain: str) -> bytes:
+    """``-p tcp -m connlabel --label LABEL -j CHAIN``."""
+    return _jump(chain, _extension("connlabel", 0, _CONNLABEL.pack(LABEL, 0)))
+
+
+def drop_plain() -> bytes:
+    """``-p tcp --tcp-flags SYN SYN ! --tcp-option 30 -j DROP``: a SYN or SYN/ACK without MPTCP."""
+    return _jump("DROP", _extension("tcp", 0, _TCP_MATCH.pack(
+        0, 0xFFFF, 0, 0xFFFF, _TCPOPT_MPTCP, _SYN, _SYN, _TCP_INV_OPTION)))
 
 
 def jump_for_translated(chain: str) -> bytes:
     """``-p tcp -m conntrack --ctstate DNAT -j CHAIN``."""
     return _jump(chain, _extension("conntrack", 3, _CONNTRACK.pack(
         0, 0, 0, 0, 0, _CONNTRACK_STATE, 0, _STATE_DNAT, 0, 0, 0, 0, 0)))
+
+
+def refuse_above(flows: int) -> bytes:
+    """``-p tcp -m conntrack --ctstate NEW -m connlimit --connlimit-above FLOWS -j REJECT``.
+
+    Of one source address; the client gets a reset.
+    """
+    new = _extension("conntrack", 3, _CONNTRACK.pack(
+        0, 0, 0, 0, 0, _CONNTRACK_STATE, 0, _STATE_NEW, 0, 0, 0, 0, 0))
+    above = _extension("connlimit", 1, _CONNLIMIT.pack(_HOST + bytes(12), flows, 0))
+    return _rule(matches=new + above, target=_extension("REJECT", 0, _REJECT.pack(_TCP_RESET)))
+
+
+def packets(rule: bytes) -> int:
+    """How many packets a rule has met, as the kernel told it."""
+    return int(_COUNTERS.unpack_from(rule, 96)[0])
 
 
 def _jump(chain: str, match: bytes) -> bytes:

@@ -11,11 +11,18 @@ from detour_tools.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 
 _GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
 _GETGEN = 10 << 8 | 16   # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN
+_GETOBJ = 10 << 8 | 19   # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETOBJ
 _NFGENMSG_ANY = struct.pack("=BBH", 0, 0, 0)
 _NFGENMSG_IPV4 = struct.pack("=BBH", 2, 0, 0)
 _NFTA_TABLE_NAME = 1
 _NFTA_TABLE_HANDLE = 4
 _NFTA_GEN_ID = 1
+_NFTA_OBJ_TABLE = 1
+_NFTA_OBJ_NAME = 2
+_NFTA_OBJ_TYPE = 3
+_NFTA_OBJ_DATA = 4
+_NFT_OBJECT_COUNTER = struct.pack(">I", 1)
+_NFTA_COUNTER_PACKETS = 2
 
 
 class NfTables(NetlinkSocket):
@@ -32,6 +39,18 @@ class NfTables(NetlinkSocket):
         except OSError:
             return None
         return codec.attributes(answers[0].payload[4:]).get(_NFTA_TABLE_HANDLE, b"")
+
+    def counted(self, table: str, name: str) -> int:
+        """The packets that a named counter of an IPv4 table has counted; 0 without such."""
+        request = (_NFGENMSG_IPV4 + codec.attribute(_NFTA_OBJ_TABLE, table.encode() + b"\0")
+                   + codec.attribute(_NFTA_OBJ_NAME, name.encode() + b"\0")
+                   + codec.attribute(_NFTA_OBJ_TYPE, _NFT_OBJECT_COUNTER))
+        try:
+            answers = self.request(_GETOBJ, request)
+        except OSError:
+            return 0
+        data = codec.attributes(answers[0].payload[4:])[_NFTA_OBJ_DATA]
+        return int.from_bytes(codec.attributes(data)[_NFTA_COUNTER_PACKETS], "big")
 
     def generation(self) -> int:
         """A number that changes with every change of any rule or set. Raises OSError."""

@@ -15,7 +15,7 @@ from random import SystemRandom
 from typing import TypeVar
 
 from detour_tools.mapping import Mapping
-from detour_tools.nat.base import NatBackend, NatError
+from detour_tools.nat.base import NatBackend, NatError, Terms
 from detour_tools.nat.choose import choose
 from detour_tools.netlink.conntrack import Conntrack
 from detour_tools.server.table import Entry, MappingTable
@@ -32,15 +32,17 @@ _REPAIR_PAUSE = 1.0
 class Keeper:
     """The table, the NAT back end, and the flows through removed mappings."""
 
-    def __init__(self, max_mappings: int) -> None:
+    def __init__(self, max_mappings: int, terms: Terms) -> None:
         self.table = MappingTable(SystemRandom())
         self.lock = asyncio.Lock()
         self.failed_commits = 0
         self.repairs = 0
         self._max_mappings = max_mappings
+        self._terms = terms
         self._capacity = 0
         self._backend: NatBackend | None = None
         self._last_repair = float("-inf")
+        self._refused_flows = 0
         self._nat_thread = ThreadPoolExecutor(1, "nat")
         # Apart from the other, so that a long look at the flows holds no request up.
         self._flow_thread = ThreadPoolExecutor(1, "flows")
@@ -123,12 +125,21 @@ class Keeper:
         except OSError as error:
             log.warning("cannot cut flows: %s", error.strerror)
 
-    async def make_room(self, max_mappings: int) -> None:
-        """See that the kernel has room for so many. Raises NatError."""
+    async def adapt(self, max_mappings: int, terms: Terms) -> None:
+        """See that the kernel has room for so many, on these terms. Raises NatError."""
         async with self.lock:
-            self._max_mappings = max_mappings
-            if max_mappings + _SLACK > self._capacity:
+            other = terms != self._terms
+            self._max_mappings, self._terms = max_mappings, terms
+            if other or max_mappings + _SLACK > self._capacity:
                 await self._install()
+
+    async def refused_flows(self) -> int:
+        """How many flows the kernel refused, as there were too many."""
+        if self._backend is None:
+            return 0
+        with contextlib.suppress(NatError):  # busy
+            self._refused_flows = await self._in_nat(self._backend.refused_flows)
+        return self._refused_flows
 
     async def check(self) -> None:
         """Put our rules back when somebody else has removed them."""
@@ -164,7 +175,12 @@ class Keeper:
     async def _install(self) -> None:
         assert self._backend is not None  # noqa: S101 - started
         self._capacity = max(self._max_mappings, len(self.table)) + _SLACK
-        await self._in_nat(self._backend.install, list(self.table.mappings()), self._capacity)
+        limit: int | None = None
+        # Twice where the kernel tracked nothing before, and so told no limit.
+        while limit != self._terms.all_flows:
+            limit = self._terms.all_flows
+            await self._in_nat(self._backend.install, list(self.table.mappings()),
+                               self._capacity, self._terms)
 
     async def _in_nat(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(

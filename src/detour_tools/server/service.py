@@ -47,7 +47,7 @@ class Server:
         self._reload_wanted = asyncio.Event()
         self._started = time.monotonic()
         self._policy = Policy(settings.rules)
-        self._keeper = Keeper(settings.max_mappings)
+        self._keeper = Keeper(settings.max_mappings, settings.terms)
         self._warnings = Warnings()
         self._requests: Requests | None = None
         firewall = FirewallWatch(parse_endpoint(settings.listen, mproxy.PORT).port,
@@ -156,9 +156,9 @@ class Server:
         self._policy.set_rules(self._settings.rules)
         self._requests.forget()
         try:
-            await self._keeper.make_room(self._settings.max_mappings)
+            await self._keeper.adapt(self._settings.max_mappings, self._settings.terms)
         except NatError as error:
-            log.error("no room for max-mappings %d: %s", self._settings.max_mappings, error)
+            log.error("the kernel does not take rules for the new settings: %s", error)
         await self._upkeep.remove_forbidden()
         log.info("reloaded")
 
@@ -173,11 +173,13 @@ class Server:
             clients=self._keeper.table.clients,
             requests=dataclasses.asdict(self._requests.counters),
             refused={refusal.key: count for refusal, count in self._policy.refused.items()},
+            refused_flows=await self._keeper.refused_flows(),
             expired=self._upkeep.expired,
             failed_commits=self._keeper.failed_commits,
             repairs=self._keeper.repairs,
             unprinted=self._requests.unprinted,
             policy=PolicyStatus(
+                relay=settings.relay,
                 allow_client=(None if settings.allow_client is None
                               else tuple(map(str, settings.allow_client))),
                 allow_remote=tuple(map(str, settings.allow_remote)),
@@ -188,7 +190,9 @@ class Server:
                 rate=settings.rate,
                 max_per_client=settings.max_per_client,
                 max_mappings=settings.max_mappings,
-                idle_timeout=settings.idle_timeout),
+                idle_timeout=settings.idle_timeout,
+                max_flows_per_client=settings.max_flows_per_client,
+                max_flows=settings.terms.all_flows),
             warnings=tuple(self._warnings.all()),
         ).as_json()
 

@@ -7,11 +7,13 @@ from typing import Literal
 from detour_tools import mproxy
 from detour_tools.endpoint import Network, parse_endpoint
 from detour_tools.errors import UserError
+from detour_tools.nat.base import Relay, Terms
 from detour_tools.server.policy import Rules
 
 # What takes effect on a reload; the rest needs a restart.
-RELOADABLE = ("allow_client", "allow_remote", "deny_remote", "deny_port", "own_address",
-              "forbid_port", "rate", "max_per_client", "max_mappings", "idle_timeout")
+RELOADABLE = ("relay", "allow_client", "allow_remote", "deny_remote", "deny_port", "own_address",
+              "forbid_port", "rate", "max_per_client", "max_mappings", "max_flows_per_client",
+              "max_flows", "idle_timeout")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,12 +22,18 @@ class Settings:
 
     ``rate`` is requests a second of one client (0: no limit), ``idle_timeout`` seconds.
 
+    ``relay``: what is translated, "joins" of MPTCP connections or any "tcp".
+
+    ``max_flows_per_client`` and ``max_flows``: 0 is no limit; None is three quarters of what the
+    kernel tracks at most.
+
     ``forbid_port`` and ``deny_port`` are ports and ranges of them, as ``8080`` and ``9000-9100``:
     detour ports that nobody gets, and ports of remotes that nobody reaches.
     """
 
     listen: str = f"0.0.0.0:{mproxy.PORT}"
     backend: Literal["auto", "nftables", "iptables"] = "auto"
+    relay: Relay = "joins"
     allow_client: tuple[Network, ...] | None = None
     allow_remote: tuple[Network, ...] = ()
     deny_remote: tuple[Network, ...] = ()
@@ -35,6 +43,8 @@ class Settings:
     rate: float = 100.0
     max_per_client: int = 4096
     max_mappings: int = 131072
+    max_flows_per_client: int = 2000
+    max_flows: int | None = None
     idle_timeout: float = 3600.0
     control_group: str | None = None
 
@@ -52,6 +62,8 @@ class Settings:
                 ("rate", self.rate, 0, 1e6),
                 ("max-per-client", self.max_per_client, 1, 65535),
                 ("max-mappings", self.max_mappings, 1, 10_000_000),
+                ("max-flows-per-client", self.max_flows_per_client, 0, 10_000_000),
+                ("max-flows", self.max_flows or 0, 0, 100_000_000),
                 ("idle-timeout", self.idle_timeout, 1, 1e9)):
             if not least <= value <= most:
                 raise ValueError(f"{name}: {value:g} is not from {least:g} to {most:g}")
@@ -65,6 +77,12 @@ class Settings:
                      forbid_ports=_port_ranges("forbid-port", self.forbid_port),
                      rate=self.rate, max_per_client=self.max_per_client,
                      max_mappings=self.max_mappings, idle_timeout=self.idle_timeout)
+
+    @property
+    def terms(self) -> Terms:
+        """The part that the kernel's rules apply."""
+        return Terms(relay=self.relay, flows_per_client=self.max_flows_per_client,
+                     flows=self.max_flows)
 
 
 def _port_ranges(name: str, texts: tuple[str, ...]) -> tuple[range, ...]:

@@ -29,6 +29,7 @@ class PolicyStatus:
     ``allow_client`` None: those with private addresses.
     """
 
+    relay: str
     allow_client: tuple[str, ...] | None
     allow_remote: tuple[str, ...]
     deny_remote: tuple[str, ...]
@@ -39,6 +40,8 @@ class PolicyStatus:
     max_per_client: int
     max_mappings: int
     idle_timeout: float
+    max_flows_per_client: int
+    max_flows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,7 @@ class Status:
     clients: int
     requests: dict[str, int]
     refused: dict[str, int]
+    refused_flows: int
     expired: int
     failed_commits: int
     repairs: int
@@ -81,8 +85,10 @@ class Status:
                          f"clients: {self.clients}"),
             ("requests", ", ".join(done) or "none yet"),
             ("refused", ", ".join(refused) or "nothing"),
+            ("flows refused", str(self.refused_flows)),
             ("expired", str(self.expired)),
             ("lines not printed", str(self.unprinted)),
+            ("relayed", "joins of MPTCP connections" if policy.relay == "joins" else "any TCP"),
             ("clients", "private addresses" if policy.allow_client is None
              else ", ".join(policy.allow_client) or "nobody"),
             ("private remotes", ", ".join(policy.allow_remote) or "none"),
@@ -93,5 +99,7 @@ class Status:
              or "none but those that this host listens on"),
             ("limits", f"{policy.rate:g} requests/s and {policy.max_per_client} mappings "
                        f"a client, idle for {policy.idle_timeout:g} s"),
+            ("flows at a time", f"{policy.max_flows_per_client or 'any number'} of a client, "
+                                f"{policy.max_flows or 'any number'} in all"),
             *(("warning", text) for text in self.warnings),
         ]
