@@ -12,8 +12,8 @@ from detour_tools.server.policy import Rules
 
 # What takes effect on a reload; the rest needs a restart.
 RELOADABLE = ("relay", "router", "allow_client", "allow_remote", "deny_remote", "deny_port",
-              "own_address", "forbid_port", "rate", "max_per_client", "max_mappings", "max_flows_per_client",
-              "max_flows", "idle_timeout")
+              "own_address", "forbid_port", "rate", "max_per_client", "max_mappings",
+              "max_flows_per_client", "max_flows", "idle_timeout")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
