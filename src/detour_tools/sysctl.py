@@ -85,6 +85,11 @@ class BorrowedSysctls:
         self._save()
         write(name, value)
 
+    def found(self, name: str) -> str | None:
+        """What a sysctl was that is ours now; None when it is as it was."""
+        before = self._borrowed.get(name)
+        return before[0] if before else None
+
     def hold(self, wanted: Mapping[str, str]) -> None:
         """Set these, and put back what a program that was killed had set besides.
 

@@ -129,7 +129,7 @@ class Bed:
         """Start detour-server without limits that a benchmark would meet."""
         server = self.start("detour", "detour-server", "--allow-remote", "10.0.0.0/8",
                             "--rate", 0, "--max-per-client", 65535,
-                            "--max-mappings", 131072, *arguments)
+                            "--max-mappings", 131072, "--max-flows-per-client", 0, *arguments)
         server.wait_control_socket()
         return server
 

@@ -107,7 +107,7 @@ def _plain(bed: Bed) -> _Way:
 
 def _nat(bed: Bed) -> _Way:
     _route_by_detour(bed)
-    bed.start_server("--backend", "nftables")
+    bed.start_server("--backend", "nftables", "--relay", "tcp")
     load = ask(bed.udp("10.0.1.1"), bed.detour, for_remotes([(int(IPv4Address(_ROUTED)), _PORT)]))
     (port,) = load.ports.values()
     return _Way("NAT", bed, bed.detour[0], port)

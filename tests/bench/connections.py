@@ -39,7 +39,7 @@ class _Side:
         self._wanted = wanted
         self._program = program
         self._prepare_hosts()
-        bed.start_server("--backend", "nftables")
+        bed.start_server("--backend", "nftables", "--relay", "tcp")
         bed.start("server", program, "sink", _FIRST_PORT, _PORTS).wait_output("serving")
         self.targets = list(self._mappings())
 

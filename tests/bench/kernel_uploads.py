@@ -50,7 +50,7 @@ class Uploads:
             iperf = stack.enter_context(Daemon(
                 self._server, ["mptcpize", "run", "iperf3", "-s", "-J", "-p", PORT]))
             serving = [stack.enter_context(Daemon(
-                each, ["detour-server", "--allow-remote", "10.0.0.0/8"]))
+                each, ["detour-server", "--allow-remote", "10.0.0.0/8", "--relay", "tcp"]))
                 for each in self._detours]
             for each in serving:
                 each.wait_line("serving on", _PATIENCE)

@@ -161,8 +161,7 @@ def kernel_mappings(host: Host, backend: str) -> list[tuple[str, int, str]]:
     """What the kernel's rules say, as nft and iptables show them; DNAT and SNAT must agree."""
     if backend == "nftables":
         table = json.loads(host.run(["nft", "-j", "list", "table", "ip", "detour-tools"]).stdout)
-        parts = {part["name"]: part for item in table["nftables"] for part in item.values()
-                 if "name" in part}
+        parts = {part.get("name"): part for item in table["nftables"] for part in item.values()}
         dnat = [(key["concat"][0], key["concat"][1], f"{value['concat'][0]}:{value['concat'][1]}")
                 for key, value in parts["mappings"].get("elem", ())]
         snat = [(client, port, f"{address}:{remote_port}") for client, port, address, remote_port

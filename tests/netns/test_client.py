@@ -19,6 +19,7 @@ from detour_tools.lab.captures import segments
 from detour_tools.lab.daemons import wait_for
 from detour_tools.lab.network import Lab, environment
 from detour_tools.lab.topology import reference_topology
+from tests.netns.conftest import PLAIN, PRIVATE
 
 SERVER = "10.0.3.2"
 DETOUR = "10.0.6.2"
@@ -402,8 +403,10 @@ def _finish(transfer):
     assert sent == received
 
 
-def test_request_by_hand_carries_plain_tcp(ready_lab):
-    client = ready_lab.host("client")
+def test_request_by_hand_carries_any_tcp_where_that_is_relayed(lab, sink, start_server):
+    client = lab.host("client")
+    sink(lab.host("server"))
+    start_server(lab.host("detour"), *PRIVATE, *PLAIN)
     told = json.loads(client.run(["detour-client", "request", "detour", f"server:{PORT}",
                                   "--port", "6000", "--json"]).stdout)
     assert told["detour_port"] == 6000
@@ -432,7 +435,7 @@ def test_check_of_a_remote_tells_what_is_wrong_on_the_way(ready_lab, start):
 
     good = check(PORT, 0)
     assert f"ok    remote {SERVER}:{PORT}: speaks Multipath TCP\n" in good
-    assert re.search(rf"ok    detour {DETOUR}:45672: .*, and TCP gets there\n", good)
+    assert re.search(rf"ok    detour {DETOUR}:45672: .*, and joins get there\n", good)
 
     assert "FAIL  remote 10.0.3.2:81: cannot be reached directly: Connection ref" in check(81, 1)
 
@@ -442,8 +445,16 @@ def test_check_of_a_remote_tells_what_is_wrong_on_the_way(ready_lab, start):
 
     detour.run(["nft", "table ip closed { chain in { type filter hook forward priority 0; "
                 "ct status dnat reject; }; }"])
-    assert re.search(r"FAIL  detour 10.0.6.2:45672: .*, but TCP to that port: .* -> let TCP pass",
+    assert re.search(r"FAIL  detour 10.0.6.2:45672: .*, but a join to that port: .* -> let TCP ",
                      check(PORT, 1))
+
+
+def test_check_without_privilege_tells_what_a_refusal_of_plain_tcp_means(ready_lab):
+    told = ready_lab.host("client").run([
+        "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "detour-client", "check",
+        "detour", "--remote", f"{SERVER}:{PORT}"], check=False).stdout
+    assert re.search("note  detour detour: .*; plain TCP to that port: Connection refused -> that "
+                     "is as it should be where the detour relays joins only", told)
 
 
 def test_run_passes_the_exit_status_and_sets_go_up(lab):

@@ -53,17 +53,22 @@ def admins(lab: Lab) -> Host:
     return detour
 
 
+@pytest.mark.parametrize("limits", [
+    (), ("--max-flows", 0, "--max-flows-per-client", 0), ("--max-flows", 100)], ids=str)
+@pytest.mark.parametrize("router", ["yes", "no"])
 @pytest.mark.parametrize("relay", ["joins", "tcp"])
 def test_what_is_listed_loads_again(lab: Lab, serve: Serve, backend: str, admins: Host,
-                                    asker: Asker, relay: str):
-    serve("--relay", relay)
+                                    asker: Asker, relay: str, router: str,
+                                    limits: tuple[object, ...]):
+    serve("--relay", relay, "--router", router, *limits)
     WhoAmI(lab.host("server"), 80)
     assert asker.ask("10.0.3.2:80", 80) == 80
     if relay == "tcp":
         before = Flow(lab.host("client"), admins.address, 80)
     saved = save(admins, backend)
     assert "10.0.3.2" in saved
-    assert ("10.0.1.1 ct count over" in saved) == (backend == "nftables" and relay == "tcp")
+    assert ("10.0.1.1 ct count over" in saved) == (
+        backend == "nftables" and relay == "tcp" and 0 not in limits)
     host_rules = admins.run(["nft", "list", "table", "inet", "admins"]).stdout
 
     _, clear, restore = SAVED[backend]

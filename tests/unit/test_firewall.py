@@ -271,3 +271,10 @@ def test_legacy():
     assert iptables("-P FORWARD ACCEPT", "-N X", "-A FORWARD -i eth0 -j X", "-A X -j DROP") == [
         "rule '-j DROP' of chain X (legacy iptables) may drop detoured packets; "
         f"allow them before it with: {cure}"]
+
+
+def test_our_own_chains_of_iptables_stand_in_nobodys_way():
+    assert iptables("-P FORWARD ACCEPT", "-N DETOUR-FORWARD", "-A FORWARD -j DETOUR-FORWARD",
+                    "-A DETOUR-FORWARD -m connlabel ! --label 97 -j DROP",
+                    "-A DETOUR-FORWARD -p tcp -m tcp ! --tcp-option 30 --tcp-flags SYN SYN -j DROP",
+                    ) == []

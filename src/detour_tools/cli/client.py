@@ -32,7 +32,7 @@ examples:
   detour-client daemon detour.example.net        use this detour, until Ctrl-C
   detour-client run -- curl https://example.com  an unmodified program over MPTCP
   detour-client status --watch                   see the subflows at work
-  detour-client request 192.0.2.1 203.0.113.5:80 a mapping by hand, for plain TCP
+  detour-client request 192.0.2.1 203.0.113.5:80 a mapping by hand
   detour-client netlink --help                   the kernel's own path manager, by hand
 """
 
@@ -102,8 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     common.add_verbosity(daemon)
 
     request = command("request", _request, "ask a detour for one mapping and print it",
-                      "Then plain TCP to the detour's port reaches the remote, for example\n"
-                      "  curl --connect-to ::DETOUR:PORT http://REMOTE/")
+                      "Then TCP to the detour's port reaches the remote: of any kind where the "
+                      "detour runs\nwith --relay tcp, for example\n"
+                      "  curl --connect-to ::DETOUR:PORT http://REMOTE/\n"
+                      "By default a detour relays joins of MPTCP connections only, and this is "
+                      "refused.")
     request.add_argument("detour", metavar="DETOUR", help="name or address[:port]")
     request.add_argument("remote", metavar="REMOTE:PORT", help="where the mapping leads")
     request.add_argument("--port", type=common.whole_number(0, 65535), metavar="N",
@@ -126,8 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("detours", nargs="*", metavar="DETOUR",
                        help="detours to ask (default: the running daemon's)")
     check.add_argument("--remote", metavar="REMOTE:PORT",
-                       help="connect to this server, directly and through each detour, and say "
-                       "whether it speaks Multipath TCP (default: only ask detours for a mapping)")
+                       help="connect to this server and say whether it speaks Multipath TCP, and "
+                       "whether joins get to it through each detour (default: only ask detours "
+                       "for a mapping)")
     check.add_argument("--json", action="store_true", help="print it for programs")
     return parser
 

@@ -69,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--relay", choices=("joins", "tcp"),
                        help="what is translated: TCP subflows that join an MPTCP connection, or "
                             f"any TCP (default {default.relay})")
+    where.add_argument("--router", choices=("auto", "yes", "no"),
+                       help="are IPv4 packets forwarded that are not of mapped flows? auto: where "
+                            "net.ipv4.ip_forward was on before; no: never; yes: as the host's "
+                            f"own rules say (default {default.router})")
     where.add_argument("--control-group", metavar="GROUP",
                        help="group that may use status, list and flush, besides root")
     where.add_argument("--config", metavar="FILE", type=Path,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from detour_tools import control, mproxy, runtime, sysctl
+from detour_tools.client import probe
 from detour_tools.client.request import request_mapping, resolve
 from detour_tools.client.service import PROGRAM
 from detour_tools.endpoint import Endpoint, parse_endpoint
@@ -42,7 +43,7 @@ def check_host(detours: tuple[str, ...], remote: Endpoint | None) -> Iterator[Fi
     """Check the kernel, the privileges, the tools, and whether each detour answers.
 
     Without ``detours`` those of the running daemon are asked. With ``remote``, connect to it too,
-    directly and through each detour, and send nothing on these connections.
+    directly, and see whether joins get to it through each detour; no data is sent.
     """
     yield _kernel()
     yield _socket()
@@ -157,15 +158,38 @@ def _detour(text: str, remote: Endpoint | None) -> Finding:
         return Finding(what, False, error.message, error.hint)
     answered = f"answered in {seconds * 1000:.1f} ms: its port {port} leads to {wanted}"
     if remote:
-        try:
-            socket.create_connection((str(detour.address), port), _CONNECT_SECONDS).close()
-        except OSError as error:
-            return Finding(what, False, f"{answered}, but TCP to that port: {_reason(error)}",
-                           "let TCP pass to the detour's ports, in its provider's firewall too, "
-                           "and on to the remote; detour-server names at start the rules of its "
-                           "host that drop")
-        answered += ", and TCP gets there"
+        return _through(what, answered, Endpoint(detour.address, port), remote)
     return Finding(what, True, answered)
+
+
+def _through(what: str, answered: str, port: Endpoint, remote: Endpoint) -> Finding:
+    """Whether joins of connections get through, as these are all that a detour may relay."""
+    try:
+        found = probe.join(port)
+        if found is probe.Joined.ARRIVED:
+            return Finding(what, True, f"{answered}, and joins get there")
+        if found is probe.Joined.REFUSED and probe.join(remote) is not probe.Joined.ARRIVED:
+            return Finding(what, False, f"{answered}; the server does not say who resets joins",
+                           "see in 'detour-client status' whether connections get a second subflow",
+                           needed=False)
+        reason = found.value
+    except PermissionError:
+        return _plainly(what, answered, port)
+    except OSError as error:
+        reason = _reason(error)
+    return Finding(what, False, f"{answered}, but a join to that port: {reason}",
+                   "let TCP pass to the detour's ports, in its provider's firewall too, and on to "
+                   "the remote; detour-server names the rules of its host that drop")
+
+
+def _plainly(what: str, answered: str, port: Endpoint) -> Finding:
+    try:
+        socket.create_connection((str(port.address), port.port), _CONNECT_SECONDS).close()
+    except OSError as error:
+        return Finding(what, False, f"{answered}; plain TCP to that port: {_reason(error)}",
+                       "that is as it should be where the detour relays joins only, its default; "
+                       "root's check tries a join", needed=False)
+    return Finding(what, True, f"{answered}, and plain TCP gets there")
 
 
 def _reason(error: OSError) -> str:

@@ -114,7 +114,9 @@ class _Demo:
             # Not followed: they have nothing to say about paths.
             self._programs.append(running.enter_context(Daemon(self._server, wrapped)))
             self._programs[-1].wait_listening(port)
-        for host, ours in ((self._detour, ["detour-server", "--allow-remote", "10.0.0.0/8"]),
+        for host, ours in ((self._detour, ["detour-server", "--allow-remote", "10.0.0.0/8",
+                                          # For what is fetched by plain TCP, to compare.
+                                          "--relay", "tcp"]),
                            (self._client, ["detour-client", "daemon", "detour"])):
             self._programs.append(running.enter_context(story.follow(host, ours)))
             self._programs[-1].wait_control_socket()

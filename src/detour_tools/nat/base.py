@@ -36,11 +36,14 @@ class Terms:
     ``flows_per_client`` and ``flows`` (of all clients) may be open at a time; what comes beyond is
     refused. 0: no limit. ``flows`` None: three quarters of what the kernel tracks at most, so that
     the host's own connections find room.
+
+    ``router``: whether the host forwards other IPv4 packets than those of mapped flows, too.
     """
 
     relay: Relay = "joins"
     flows_per_client: int = 2000
     flows: int | None = None
+    router: bool = True
 
     @property
     def all_flows(self) -> int:

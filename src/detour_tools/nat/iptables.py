@@ -191,12 +191,15 @@ class IptablesBackend:
             self._clear("filter")
             return
         self._refused_before += self._counted()
-        self._renew("filter", {FORWARD: xtables.jump_for_mapped(FORWARD)})
+        self._renew("filter", {FORWARD: xtables.jump_for_mapped(FORWARD) if terms.router
+                               else xtables.jump_for_all(FORWARD)})
+        rules = [] if terms.router else [xtables.drop_others()]
         if terms.relay == "joins":
-            self._tables["filter"].append_entry(FORWARD, xtables.drop_plain())
+            rules.append(xtables.drop_plain())
         if terms.flows_per_client:
-            self._tables["filter"].append_entry(FORWARD,
-                                                xtables.refuse_above(terms.flows_per_client))
+            rules.append(xtables.refuse_above(terms.flows_per_client))
+        for rule in rules:
+            self._tables["filter"].append_entry(FORWARD, rule)
 
     def _renew(self, name: str, jumps: dict[str, bytes]) -> None:
         self._clear(name)

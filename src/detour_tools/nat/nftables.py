@@ -223,6 +223,11 @@ def _ruleset(capacity: int, terms: Terms, *, labels: bool) -> str:
     if terms.relay == "joins":
         forward.append(f"tcp flags & syn == syn {_OURS} jump opening")
     forward.append(f"ct state new {_OURS} goto beginning")
+    if not terms.router:
+        # Errors about a flow (ICMP) bear its label. Without labels they have no ports to go by.
+        forward += ([f"ct label {LABEL} accept"] if labels else
+                    [f"{_OURS} accept", "ct status dnat ct state related accept"])
+        forward.append("drop")
     beginning = [f"ct label set {LABEL}"] if labels else []
     flows = terms.all_flows
     if terms.flows_per_client:

@@ -50,6 +50,7 @@ _TCP_RESET = 7
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _TCPOPT_MPTCP = 30
 _TCP_INV_OPTION = 1 << 3
+_CONNLABEL_INVERT = 1 << 0
 _CONNLABEL_SET = 1 << 1
 _NAT_RANGE_MAP_IPS = 1
 _NAT_RANGE_PROTO_SPECIFIED = 2
@@ -63,9 +64,9 @@ def _extension(name: str, revision: int, payload: bytes) -> bytes:
 
 
 def _rule(*, source: bytes = _ANY, destination: bytes = _ANY, matches: bytes,
-          target: bytes) -> bytes:
+          target: bytes, protocol: int = _TCP) -> bytes:
     ip = _IP.pack(source, destination, _HOST if source != _ANY else _ANY,
-                  _HOST if destination != _ANY else _ANY, _TCP, 0, 0)
+                  _HOST if destination != _ANY else _ANY, protocol, 0, 0)
     target_offset = _ENTRY.size + len(matches)
     return (_ENTRY.pack(ip, 0, target_offset, target_offset + len(target), 0)
             + matches + target)
@@ -106,6 +107,17 @@ def jump_for_translated(chain: str) -> bytes:
         0, 0, 0, 0, 0, _CONNTRACK_STATE, 0, _STATE_DNAT, 0, 0, 0, 0, 0)))
 
 
+def jump_for_all(chain: str) -> bytes:
+    """``-j CHAIN``, for all protocols."""
+    return _jump(chain, b"", protocol=0)
+
+
+def drop_others() -> bytes:
+    """``-m connlabel ! --label LABEL -j DROP``, of any protocol; errors about a flow have it."""
+    return _jump("DROP", _extension("connlabel", 0, _CONNLABEL.pack(LABEL, _CONNLABEL_INVERT)),
+                 protocol=0)
+
+
 def refuse_above(flows: int) -> bytes:
     """``-p tcp -m conntrack --ctstate NEW -m connlimit --connlimit-above FLOWS -j REJECT``.
 
@@ -122,9 +134,9 @@ def packets(rule: bytes) -> int:
     return int(_COUNTERS.unpack_from(rule, 96)[0])
 
 
-def _jump(chain: str, match: bytes) -> bytes:
+def _jump(chain: str, match: bytes, protocol: int = _TCP) -> bytes:
     # As long as struct xt_standard_target; libiptc turns the name into a verdict.
-    return _rule(matches=match, target=_extension(chain, 0, bytes(8)))
+    return _rule(protocol=protocol, matches=match, target=_extension(chain, 0, bytes(8)))
 
 
 def dnat(mapping: Mapping, *, label: bool) -> bytes:

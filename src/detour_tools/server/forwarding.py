@@ -17,12 +17,16 @@ class ForwardingSwitch:
     def __init__(self, program: str) -> None:
         self._sysctls = BorrowedSysctls(runtime.directory(program) / f"{program}.sysctls")
 
-    def on(self) -> None:
-        """Switch it on, remembering what was; raises UserError."""
+    def on(self) -> bool:
+        """Switch it on, remembering what was; raises UserError.
+
+        Whether it was on, before this server or those before it that were killed.
+        """
         # See inet_forward_change() in the kernel's net/ipv4/devinet.c.
         self._sysctls.set(FORWARDING, "1", resets={
             f"net/ipv4/conf/{name}/forwarding": "0" for name in os.listdir(_PER_INTERFACE)
             if name != "all"} | {"net/ipv4/conf/all/accept_redirects": "1"})
+        return self._sysctls.found(FORWARDING) in (None, "1")
 
     def put_back(self) -> None:
         """Leave it as it was found, unless somebody else has changed it since."""

@@ -32,13 +32,13 @@ _REPAIR_PAUSE = 1.0
 class Keeper:
     """The table, the NAT back end, and the flows through removed mappings."""
 
-    def __init__(self, max_mappings: int, terms: Terms) -> None:
+    def __init__(self, max_mappings: int) -> None:
         self.table = MappingTable(SystemRandom())
         self.lock = asyncio.Lock()
         self.failed_commits = 0
         self.repairs = 0
         self._max_mappings = max_mappings
-        self._terms = terms
+        self._terms = Terms()
         self._capacity = 0
         self._backend: NatBackend | None = None
         self._last_repair = float("-inf")
@@ -52,8 +52,8 @@ class Keeper:
         """The back end in use."""
         return self._backend.name if self._backend else ""
 
-    async def start(self, wanted: str) -> None:
-        """Open the back end, and take over what a server before us has left in the kernel.
+    async def start(self, wanted: str, terms: Terms) -> None:
+        """Open the back end ``wanted``; take over what a server before us has left in the kernel.
 
         Raises UserError, NatError.
         """
@@ -61,6 +61,7 @@ class Keeper:
         now = time.monotonic()
         taken = sum(self.table.insert(mapping, now) is not None for mapping in chosen.found)
         self._backend = chosen.backend
+        self._terms = terms
         try:
             await self._install()
         except NatError:

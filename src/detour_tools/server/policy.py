@@ -235,6 +235,6 @@ class Policy:
         return min(self.rules.idle_timeout, _CROWDED_SECONDS) if crowded else (
             self.rules.idle_timeout)
 
-    def unproven_limit(self) -> float:
+    def unproven_limit(self, in_all: int) -> float:
         """After how many seconds without request a mapping goes that never had a flow."""
-        return min(self.rules.idle_timeout, _UNPROVEN_SECONDS)
+        return min(self.idle_limit(in_all), _UNPROVEN_SECONDS)

@@ -16,7 +16,7 @@ from detour_tools import mproxy, runtime, sdnotify
 from detour_tools.control import ControlServer, check_group
 from detour_tools.endpoint import parse_endpoint
 from detour_tools.errors import UserError
-from detour_tools.nat.base import NatError
+from detour_tools.nat.base import NatError, Terms
 from detour_tools.printer import Printer
 from detour_tools.server.commands import Commands
 from detour_tools.server.forwarding import FORWARDING, ForwardingSwitch
@@ -47,7 +47,8 @@ class Server:
         self._reload_wanted = asyncio.Event()
         self._started = time.monotonic()
         self._policy = Policy(settings.rules)
-        self._keeper = Keeper(settings.max_mappings, settings.terms)
+        self._keeper = Keeper(settings.max_mappings)
+        self._router = True
         self._warnings = Warnings()
         self._requests: Requests | None = None
         firewall = FirewallWatch(parse_endpoint(settings.listen, mproxy.PORT).port,
@@ -103,10 +104,10 @@ class Server:
     async def _rules(self, printer: Printer) -> AsyncIterator[None]:
         switch = ForwardingSwitch(PROGRAM)
         try:
-            switch.on()
+            self._router = switch.on()
             printer.print(f"{FORWARDING} = 1\n")
             try:
-                await self._keeper.start(self._settings.backend)
+                await self._keeper.start(self._settings.backend, self._terms())
             except NatError as error:
                 raise UserError(f"the kernel does not take our rules: {error}") from None
             await self._upkeep.start()
@@ -114,6 +115,9 @@ class Server:
         finally:
             await self._keeper.stop()
             switch.put_back()
+
+    def _terms(self) -> Terms:
+        return self._settings.terms(router=self._router)
 
     def _counters(self) -> Counters:
         return self._requests.counters if self._requests else Counters()
@@ -156,7 +160,7 @@ class Server:
         self._policy.set_rules(self._settings.rules)
         self._requests.forget()
         try:
-            await self._keeper.adapt(self._settings.max_mappings, self._settings.terms)
+            await self._keeper.adapt(self._settings.max_mappings, self._terms())
         except NatError as error:
             log.error("the kernel does not take rules for the new settings: %s", error)
         await self._upkeep.remove_forbidden()
@@ -192,7 +196,8 @@ class Server:
                 max_mappings=settings.max_mappings,
                 idle_timeout=settings.idle_timeout,
                 max_flows_per_client=settings.max_flows_per_client,
-                max_flows=settings.terms.all_flows),
+                max_flows=self._terms().all_flows,
+                router=self._terms().router),
             warnings=tuple(self._warnings.all()),
         ).as_json()
 

@@ -11,9 +11,9 @@ from detour_tools.nat.base import Relay, Terms
 from detour_tools.server.policy import Rules
 
 # What takes effect on a reload; the rest needs a restart.
-RELOADABLE = ("relay", "allow_client", "allow_remote", "deny_remote", "deny_port", "own_address",
-              "forbid_port", "rate", "max_per_client", "max_mappings", "max_flows_per_client",
-              "max_flows", "idle_timeout")
+RELOADABLE = ("relay", "router", "allow_client", "allow_remote", "deny_remote", "deny_port",
+              "own_address", "forbid_port", "rate", "max_per_client", "max_mappings",
+              "max_flows_per_client", "max_flows", "idle_timeout")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,8 @@ class Settings:
     ``rate`` is requests a second of one client (0: no limit), ``idle_timeout`` seconds.
 
     ``relay``: what is translated, "joins" of MPTCP connections or any "tcp".
+
+    ``router``: whether packets are forwarded that are no mapped flow's; "auto" is as it was before.
 
     ``max_flows_per_client`` and ``max_flows``: 0 is no limit; None is three quarters of what the
     kernel tracks at most.
@@ -34,6 +36,7 @@ class Settings:
     listen: str = f"0.0.0.0:{mproxy.PORT}"
     backend: Literal["auto", "nftables", "iptables"] = "auto"
     relay: Relay = "joins"
+    router: Literal["auto", "yes", "no"] = "auto"
     allow_client: tuple[Network, ...] | None = None
     allow_remote: tuple[Network, ...] = ()
     deny_remote: tuple[Network, ...] = ()
@@ -78,11 +81,11 @@ class Settings:
                      rate=self.rate, max_per_client=self.max_per_client,
                      max_mappings=self.max_mappings, idle_timeout=self.idle_timeout)
 
-    @property
-    def terms(self) -> Terms:
-        """The part that the kernel's rules apply."""
-        return Terms(relay=self.relay, flows_per_client=self.max_flows_per_client,
-                     flows=self.max_flows)
+    def terms(self, *, router: bool) -> Terms:
+        """The part that the kernel's rules apply; ``router``: whether the host was one before."""
+        return Terms(relay=self.relay,
+                     router={"yes": True, "no": False}.get(self.router, router),
+                     flows_per_client=self.max_flows_per_client, flows=self.max_flows)
 
 
 def _port_ranges(name: str, texts: tuple[str, ...]) -> tuple[range, ...]:

@@ -42,6 +42,7 @@ class PolicyStatus:
     idle_timeout: float
     max_flows_per_client: int
     max_flows: int
+    router: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,5 +102,6 @@ class Status:
                        f"a client, idle for {policy.idle_timeout:g} s"),
             ("flows at a time", f"{policy.max_flows_per_client or 'any number'} of a client, "
                                 f"{policy.max_flows or 'any number'} in all"),
+            ("other packets", "forwarded as without it" if policy.router else "not forwarded"),
             *(("warning", text) for text in self.warnings),
         ]

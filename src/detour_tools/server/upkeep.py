@@ -124,7 +124,7 @@ class Upkeep:
         table = self._keeper.table
         now = time.monotonic()
         idle = list(table.unused_since(now - self._policy.idle_limit(len(table)),
-                                       now - self._policy.unproven_limit()))
+                                       now - self._policy.unproven_limit(len(table))))
         if not idle:
             return
         used_at = {entry.serial: entry.last_used for entry in idle}

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A host that was no router does not become one for the neighbours of a detour."""
+
+import pytest
+
+from detour_tools.lab.network import Host, Lab
+from tests.netns import asking
+from tests.netns.asking import Asker, Flow, WhoAmI
+from tests.netns.conftest import Serve
+
+
+@pytest.fixture
+def neighbour(lab: Lab) -> Host:
+    """r3, which sends what is for 10.0.3.2 by way of the detour, and that back to r3."""
+    WhoAmI(lab.host("server"), 80)
+    r1, r3 = lab.host("r1"), lab.host("r3")
+    towards_r3 = r1.run(["ip", "-o", "route", "get", "10.0.6.2"]).stdout.split()
+    gateway, link = towards_r3[2], towards_r3[4]
+    r1.run(["ip", "route", "add", "10.0.3.2/32", "via", gateway, "dev", link])
+    r3.run(["ip", "rule", "add", "iif", link, "to", "10.0.3.2", "table", "100"])
+    r3.run(["ip", "route", "add", "default", "via", "10.0.6.2", "table", "100"])
+    return lab.host("client")
+
+
+def gets_through(host: Host) -> bool:
+    """Whether TCP and ICMP reach the server, which is reached through the detour only."""
+    ping = host.run(["ping", "-c1", "-W1", "10.0.3.2"], check=False).returncode == 0
+    try:
+        Flow(host, "10.0.3.2", 80, timeout=1.0).close()
+        tcp = True
+    except TimeoutError:
+        tcp = False
+    assert tcp == ping
+    return tcp
+
+
+def test_a_neighbour_gets_nothing_through(lab: Lab, serve: Serve, neighbour: Host, asker: Asker):
+    detour = lab.host("detour")
+    assert asking.forwarding(detour) == "0"
+    server = serve()
+    asker.ask("10.0.3.2:80", 80)
+    assert not gets_through(neighbour)
+    assert Flow(lab.host("client"), detour.address, 80).echo(), "mapped flows pass both ways"
+    server.kill()
+    serve()
+    assert not gets_through(neighbour), "what a server that was killed found is remembered"
+    assert asking.status(detour)["policy"]["router"] is False
+
+
+@pytest.mark.parametrize(("was", "options"), [("1", ()), ("0", ("--router", "yes"))])
+def test_a_router_stays_one(lab: Lab, serve: Serve, neighbour: Host, was: str,
+                            options: tuple[str, ...]):
+    lab.host("detour").run(["sysctl", "-qw", f"net.ipv4.ip_forward={was}"])
+    serve(*options)
+    assert gets_through(neighbour)
+
+
+def test_a_router_stays_none_when_told_so(lab: Lab, serve: Serve, neighbour: Host):
+    lab.host("detour").run(["sysctl", "-qw", "net.ipv4.ip_forward=1"])
+    serve("--router", "no")
+    assert not gets_through(neighbour)
+
+
+def test_errors_about_mapped_flows_come_back(lab: Lab, serve: Serve, asker: Asker):
+    """A narrow link behind the detour says so to the client (RFC 1191)."""
+    client, server = lab.host("client"), lab.host("server")
+    WhoAmI(server, 80)
+    serve()
+    asker.ask("10.0.3.2:80", 80)
+    r3 = lab.host("r3")
+    out = r3.run(["ip", "-o", "route", "get", "10.0.3.2"]).stdout.split()
+    r3.run(["ip", "link", "set", out[out.index("dev") + 1], "mtu", "1000"])
+    flow = Flow(client, lab.host("detour").address, 80)
+    text = b"x" * 20000 + b"\n"
+    assert flow.echo(text)
