@@ -5,17 +5,21 @@ A mapping is one element of the map (for DNAT) and one of the set (for SNAT), so
 commit nor a packet gets dearer with their number.
 """
 
+import contextlib
+import ctypes
+import functools
 import importlib
-import json
+import struct
 from collections.abc import Collection, Iterable, Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Address
 from typing import Any
 
 from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
+from detour_tools.nat import standing
 from detour_tools.nat.base import LABEL, TABLE, NatError
-from detour_tools.netlink.nf_tables import NfTables
+from detour_tools.netlink.nf_tables import Element, NfTables
 
 # Ours come just before the host's own NAT (-100 and 100), so that a mapping that was answered
 # means what the answer said. Only flows that are ours match, everything else passes on.
@@ -65,6 +69,11 @@ _MAPPED = """ct status dnat tcp dport != 0 \
 ip saddr . ct original proto-dst . ip daddr . tcp dport @mapped"""
 _LABEL = f"ct state new {_MAPPED} ct label set {LABEL}"
 
+_DNAT = "mappings"
+_SNAT = "mapped"
+# A mapping as the set's key, and the map's key and data: client, detour port, remote, port.
+_KEY = struct.Struct("!IHxxIHxx")
+
 # Elements a command: what libnftables takes in one go has no limit, but its parser's memory.
 _CHUNK = 4096
 
@@ -94,6 +103,7 @@ class NftablesBackend:
         except OSError:  # a kernel without nf_tables, which open() says in its words
             self._netlink = None
         self._handle = b""
+        self._left: list[Mapping] | None = None
 
     def open(self) -> None:
         """Load libnftables, and see that the kernel answers it."""
@@ -105,37 +115,42 @@ class NftablesBackend:
 
     def leftovers(self) -> list[Mapping] | None:
         """The elements of our table's map."""
-        if self._table_handle() is None:
+        if self._netlink is None or self._table_handle() is None:
             return None
-        # A context of its own: the other's cache would keep a copy of all elements.
-        nft = _context()
-        nft.set_json_output(True)
-        nft.set_numeric_proto_output(True)
-        status, output, error = nft.cmd(f"list map ip {TABLE} mappings")
-        if status:
-            if "No such file" in error:  # a table of ours, but not as we make it
-                return []
-            raise NatError(_first_line(error))
-        return [_mapping(*element) for item in json.loads(output)["nftables"]
-                for element in item.get("map", {}).get("elem", ())]
+        try:
+            found = [key + data for key, data in self._netlink.elements(TABLE, _DNAT)]
+            snat = {key for key, _ in self._netlink.elements(TABLE, _SNAT)}
+        except FileNotFoundError:  # a table of ours, but not as we make it
+            return []
+        except OSError as error:
+            raise NatError(error.strerror) from None
+        # Empty, and so no leftovers to take over as they stand, where the two disagree.
+        mappings = _read_mappings(each for each in found if len(each) == _KEY.size)
+        self._left = mappings if set(found) == snat and len(mappings) == len(found) else None
+        return mappings
 
     def install(self, mappings: Collection[Mapping], capacity: int) -> None:
-        """Make our table anew; a table that stood there is replaced in the same transaction."""
-        elements = "".join(_elements("add", mappings))
+        """Make our table anew; a table that stood there is replaced in the same transaction.
 
-        def make(label: str) -> None:
-            self._run(_RULESET.format(table=TABLE, size=capacity, mapped=_MAPPED, label=label)
-                      + elements)
-
-        try:
-            make(_LABEL)
-        except NatError:  # a kernel without labels does as well without this one
-            make("")
+        One that is what we would make is left as it stands.
+        """
+        texts = [_RULESET.format(table=TABLE, size=capacity, mapped=_MAPPED, label=label)
+                 # a kernel without labels does as well without this one
+                 for label in (_LABEL, "")]
+        if not self._stands(texts, mappings):
+            try:
+                self._make(texts[0], mappings)
+            except NatError:
+                self._make(texts[1], mappings)
         self._handle = self._table_handle() or b""
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
         """Remove, then add elements in one transaction."""
-        self._run("".join((*_elements("delete", remove), *_elements("add", add))))
+        assert self._netlink is not None  # noqa: S101 - opened
+        try:
+            self._netlink.change(TABLE, _elements(remove), _elements(add))
+        except OSError as error:
+            raise NatError(error.strerror) from None
 
     def intact(self) -> bool:
         """Whether the table is the one we made."""
@@ -147,6 +162,36 @@ class NftablesBackend:
             self.open()
         self._run(f"add table ip {TABLE}\ndelete table ip {TABLE}\n")
         self._handle = b""
+        standing.forget()
+
+    def _make(self, text: str, mappings: Collection[Mapping]) -> None:
+        assert self._netlink is not None  # noqa: S101 - opened
+        listed = list(mappings)
+        if self._table_handle() is not None:  # in one step, which only libnftables can do
+            self._run(text + "".join(_commands(listed)))
+            _give_back_memory()
+        else:
+            self._run(text)
+            try:
+                for start in range(0, len(listed), _CHUNK):
+                    self._netlink.change(TABLE, {}, _elements(listed[start:start + _CHUNK]))
+            except OSError as error:
+                with contextlib.suppress(NatError):
+                    self.uninstall()
+                raise NatError(error.strerror) from None
+        with contextlib.suppress(OSError):
+            standing.remember(text, self._netlink.digest(TABLE))
+
+    def _stands(self, texts: Sequence[str], mappings: Collection[Mapping]) -> bool:
+        """Whether our table is there, made of one of these texts, with just these mappings."""
+        left, self._left = self._left, None
+        if left is None or self._netlink is None or len(left) != len(mappings) or not all(
+                found is wanted for found, wanted in zip(left, mappings, strict=True)):
+            return False
+        with contextlib.suppress(OSError):
+            digest = self._netlink.digest(TABLE)
+            return any(standing.is_remembered(text, digest) for text in texts)
+        return False
 
     def _run(self, commands: str) -> None:
         status, _, error = self._nft.cmd(commands)
@@ -157,24 +202,35 @@ class NftablesBackend:
         return self._netlink.table_handle(TABLE) if self._netlink else None
 
 
-def _elements(verb: str, mappings: Collection[Mapping]) -> Iterable[str]:
-    listed = list(mappings)
-    for start in range(0, len(listed), _CHUNK):
-        chunk = listed[start:start + _CHUNK]
+def _elements(mappings: Collection[Mapping]) -> dict[str, Sequence[Element]]:
+    """The elements of both sets. Each part of a concatenation fills whole words."""
+    keys = [_KEY.pack(int(client), port, int(address), remote_port)
+            for client, port, (address, remote_port) in mappings]
+    half = _KEY.size // 2
+    return {_DNAT: [(key[:half], key[half:]) for key in keys], _SNAT: [(key, b"") for key in keys]}
+
+
+def _read_mappings(keys: Iterable[bytes]) -> list[Mapping]:
+    address = functools.cache(IPv4Address)  # far fewer than mappings, mostly
+    return [Mapping(address(client), port, Endpoint(address(remote), remote_port))
+            for client, port, remote, remote_port in map(_KEY.unpack, keys)]
+
+
+def _commands(mappings: Sequence[Mapping]) -> Iterable[str]:
+    for start in range(0, len(mappings), _CHUNK):
+        chunk = mappings[start:start + _CHUNK]
         pairs = ",".join(f"{client} . {port} : {remote.address} . {remote.port}"
                          for client, port, remote in chunk)
         flows = ",".join(f"{client} . {port} . {remote.address} . {remote.port}"
                          for client, port, remote in chunk)
-        yield f"{verb} element ip {TABLE} mappings {{ {pairs} }}\n"
-        yield f"{verb} element ip {TABLE} mapped {{ {flows} }}\n"
+        yield f"add element ip {TABLE} {_DNAT} {{ {pairs} }}\n"
+        yield f"add element ip {TABLE} {_SNAT} {{ {flows} }}\n"
 
 
-def _mapping(key: dict[str, Any], value: dict[str, Any]) -> Mapping:
-    # An element that somebody gave a comment is wrapped.
-    client, detour_port = key.get("elem", {}).get("val", key)["concat"]
-    address, port = value["concat"]
-    return Mapping(ip_address(client), int(detour_port),
-                   Endpoint(ip_address(address), int(port)))
+def _give_back_memory() -> None:
+    """What libnftables took for many elements stays with the process otherwise (malloc_trim(3))."""
+    with contextlib.suppress(AttributeError):  # a C library that has none
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _first_line(text: str) -> str:

@@ -102,8 +102,8 @@ class NetlinkSocket:
                     yield buffer, offset, end
                 offset = (end + 3) & ~3
 
-    def _receive(self) -> bytes:
-        return bytes(self._buffer[:self._socket.recv_into(self._buffer)])
+    def _receive(self, flags: int = 0) -> bytes:
+        return bytes(self._buffer[:self._socket.recv_into(self._buffer, 0, flags)])
 
 
 class GenericFamily(NamedTuple):
