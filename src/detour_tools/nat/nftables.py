@@ -5,19 +5,23 @@ A mapping is one element of the map (for DNAT) and one of the set (for SNAT), so
 commit nor a packet gets dearer with their number.
 """
 
+import contextlib
+import ctypes
 import dataclasses
+import functools
 import importlib
-import json
 import logging
+import struct
 from collections.abc import Collection, Iterable, Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Address
 from typing import Any
 
 from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
+from detour_tools.nat import standing
 from detour_tools.nat.base import LABEL, TABLE, NatError, Terms
-from detour_tools.netlink.nf_tables import NfTables
+from detour_tools.netlink.nf_tables import Element, NfTables
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +114,11 @@ _MOST_SHARES = 1024
 _COUNTER = "refused-flows"
 _REFUSE = f"counter name {_COUNTER} reject with tcp reset"
 
+_DNAT = "mappings"
+_SNAT = "mapped"
+# A mapping as the set's key, and the map's key and data: client, detour port, remote, port.
+_KEY = struct.Struct("!IHxxIHxx")
+
 # Elements a command: what libnftables takes in one go has no limit, but its parser's memory.
 _CHUNK = 4096
 
@@ -140,6 +149,7 @@ class NftablesBackend:
             self._netlink = None
         self._handle = b""
         self._refused_before = 0
+        self._left: list[Mapping] | None = None
 
     def open(self) -> None:
         """Load libnftables, and see that the kernel answers it."""
@@ -151,42 +161,48 @@ class NftablesBackend:
 
     def leftovers(self) -> list[Mapping] | None:
         """The elements of our table's map."""
-        if self._table_handle() is None:
+        if self._netlink is None or self._table_handle() is None:
             return None
-        # A context of its own: the other's cache would keep a copy of all elements.
-        nft = _context()
-        nft.set_json_output(True)
-        nft.set_numeric_proto_output(True)
-        status, output, error = nft.cmd(f"list map ip {TABLE} mappings")
-        if status:
-            if "No such file" in error:  # a table of ours, but not as we make it
-                return []
-            raise NatError(_first_line(error))
-        return [_mapping(*element) for item in json.loads(output)["nftables"]
-                for element in item.get("map", {}).get("elem", ())]
+        try:
+            found = [key + data for key, data in self._netlink.elements(TABLE, _DNAT)]
+            snat = {key for key, _ in self._netlink.elements(TABLE, _SNAT)}
+        except FileNotFoundError:  # a table of ours, but not as we make it
+            return []
+        except OSError as error:
+            raise NatError(error.strerror) from None
+        # Empty, and so no leftovers to take over as they stand, where the two disagree.
+        mappings = _read_mappings(each for each in found if len(each) == _KEY.size)
+        self._left = mappings if set(found) == snat and len(mappings) == len(found) else None
+        return mappings
 
     def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
-        """Make our table anew; a table that stood there is replaced in the same transaction."""
-        elements = "".join(_elements("add", mappings))
+        """Make our table anew; a table that stood there is replaced in the same transaction.
 
-        refused = self._counted()
+        One that is what we would make is left as it stands.
+        """
+        self._refused_before += self._counted()
         unlimited = dataclasses.replace(terms, flows_per_client=0, flows=0)
         # A kernel without labels or 'ct count' does without these.
-        for tried, labels in ((terms, True), (terms, False), (unlimited, True), (unlimited, False)):
-            try:
-                self._run(_ruleset(capacity, tried, labels=labels) + elements)
-                break
-            except NatError:
-                if tried == unlimited and not labels:
-                    raise
-        if tried != terms:
+        ways = [(tried, _ruleset(capacity, tried, labels=labels))
+                for tried in (terms, unlimited) for labels in (True, False)]
+        used = self._standing(ways, mappings)
+        if used is None:
+            used = self._make(ways, mappings)
+            self._handle = self._table_handle() or b""
+        else:
+            self._handle = self._table_handle() or b""
+            self._refused_before -= self._counted()
+        if used != terms:
             log.warning("flows are not limited: this kernel does not count them (nft_connlimit)")
-        self._refused_before += refused
         self._handle = self._table_handle() or b""
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
         """Remove, then add elements in one transaction."""
-        self._run("".join((*_elements("delete", remove), *_elements("add", add))))
+        assert self._netlink is not None  # noqa: S101 - opened
+        try:
+            self._netlink.change(TABLE, _elements(remove), _elements(add))
+        except OSError as error:
+            raise NatError(error.strerror) from None
 
     def intact(self) -> bool:
         """Whether the table is the one we made."""
@@ -208,6 +224,48 @@ class NftablesBackend:
             self.open()
         self._run(f"add table ip {TABLE}\ndelete table ip {TABLE}\n")
         self._handle = b""
+        standing.forget()
+
+    def _make(self, ways: Sequence[tuple[Terms, str]], mappings: Collection[Mapping]) -> Terms:
+        for tried, text in ways[:-1]:
+            with contextlib.suppress(NatError):
+                self._make_of(text, mappings)
+                return tried
+        tried, text = ways[-1]
+        self._make_of(text, mappings)
+        return tried
+
+    def _make_of(self, text: str, mappings: Collection[Mapping]) -> None:
+        assert self._netlink is not None  # noqa: S101 - opened
+        listed = list(mappings)
+        if self._table_handle() is not None:  # in one step, which only libnftables can do
+            self._run(text + "".join(_commands(listed)))
+            _give_back_memory()
+        else:
+            self._run(text)
+            try:
+                for start in range(0, len(listed), _CHUNK):
+                    self._netlink.change(TABLE, {}, _elements(listed[start:start + _CHUNK]))
+            except OSError as error:
+                with contextlib.suppress(NatError):
+                    self.uninstall()
+                raise NatError(error.strerror) from None
+        with contextlib.suppress(OSError):
+            standing.remember(text, self._netlink.digest(TABLE))
+
+    def _standing(self, ways: Sequence[tuple[Terms, str]],
+                  mappings: Collection[Mapping]) -> Terms | None:
+        """What our table stands for, if it was made in one of these ways of just these mappings."""
+        left, self._left = self._left, None
+        if left is None or self._netlink is None or len(left) != len(mappings) or not all(
+                found is wanted for found, wanted in zip(left, mappings, strict=True)):
+            return None
+        with contextlib.suppress(OSError):
+            digest = self._netlink.digest(TABLE)
+            for made_for, text in ways:
+                if standing.is_remembered(text, digest):
+                    return made_for
+        return None
 
     def _run(self, commands: str) -> None:
         status, _, error = self._nft.cmd(commands)
@@ -245,24 +303,35 @@ def _ruleset(capacity: int, terms: Terms, *, labels: bool) -> str:
                            forward="\n        ".join(forward))
 
 
-def _elements(verb: str, mappings: Collection[Mapping]) -> Iterable[str]:
-    listed = list(mappings)
-    for start in range(0, len(listed), _CHUNK):
-        chunk = listed[start:start + _CHUNK]
+def _elements(mappings: Collection[Mapping]) -> dict[str, Sequence[Element]]:
+    """The elements of both sets. Each part of a concatenation fills whole words."""
+    keys = [_KEY.pack(int(client), port, int(address), remote_port)
+            for client, port, (address, remote_port) in mappings]
+    half = _KEY.size // 2
+    return {_DNAT: [(key[:half], key[half:]) for key in keys], _SNAT: [(key, b"") for key in keys]}
+
+
+def _read_mappings(keys: Iterable[bytes]) -> list[Mapping]:
+    address = functools.cache(IPv4Address)  # far fewer than mappings, mostly
+    return [Mapping(address(client), port, Endpoint(address(remote), remote_port))
+            for client, port, remote, remote_port in map(_KEY.unpack, keys)]
+
+
+def _commands(mappings: Sequence[Mapping]) -> Iterable[str]:
+    for start in range(0, len(mappings), _CHUNK):
+        chunk = mappings[start:start + _CHUNK]
         pairs = ",".join(f"{client} . {port} : {remote.address} . {remote.port}"
                          for client, port, remote in chunk)
         flows = ",".join(f"{client} . {port} . {remote.address} . {remote.port}"
                          for client, port, remote in chunk)
-        yield f"{verb} element ip {TABLE} mappings {{ {pairs} }}\n"
-        yield f"{verb} element ip {TABLE} mapped {{ {flows} }}\n"
+        yield f"add element ip {TABLE} {_DNAT} {{ {pairs} }}\n"
+        yield f"add element ip {TABLE} {_SNAT} {{ {flows} }}\n"
 
 
-def _mapping(key: dict[str, Any], value: dict[str, Any]) -> Mapping:
-    # An element that somebody gave a comment is wrapped.
-    client, detour_port = key.get("elem", {}).get("val", key)["concat"]
-    address, port = value["concat"]
-    return Mapping(ip_address(client), int(detour_port),
-                   Endpoint(ip_address(address), int(port)))
+def _give_back_memory() -> None:
+    """What libnftables took for many elements stays with the process otherwise (malloc_trim(3))."""
+    with contextlib.suppress(AttributeError):  # a C library that has none
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _first_line(text: str) -> str:

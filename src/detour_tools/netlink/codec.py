@@ -75,14 +75,19 @@ def messages(data: bytes) -> Iterator[Message]:
 
 def attributes(data: bytes) -> dict[int, bytes]:
     """The attributes by type, the last of each; a damaged end is left out."""
-    found: dict[int, bytes] = {}
+    return dict(attribute_list(data))
+
+
+def attribute_list(data: bytes) -> list[tuple[int, bytes]]:
+    """The attributes in their order, type and payload; a damaged end is left out."""
+    found: list[tuple[int, bytes]] = []
     offset = 0
     end = len(data)
     while offset + 4 <= end:
         length, kind = _ATTRIBUTE.unpack_from(data, offset)
         if length < 4 or offset + length > end:
             break
-        found[kind & _NLA_TYPE_MASK] = data[offset + 4:offset + length]
+        found.append((kind & _NLA_TYPE_MASK, data[offset + 4:offset + length]))
         offset += (length + 3) & ~3
     return found
 

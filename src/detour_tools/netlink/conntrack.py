@@ -7,12 +7,12 @@ microseconds an entry, and its loop cannot run where another one does.
 
 import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from ipaddress import IPv4Address
 from typing import NamedTuple
 
 from detour_tools.endpoint import Endpoint
-from detour_tools.mapping import Mapping
+from detour_tools.mapping import Mapping, flow_key
 from detour_tools.netlink import codec
 from detour_tools.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 
@@ -29,12 +29,41 @@ _CTA_STATUS_MASK = 26
 _CTA_TUPLE_IP = 1
 _CTA_TUPLE_PROTO = 2
 _CTA_IP_V4_SRC = 1
+_CTA_IP_V4_DST = 2
 _CTA_PROTO_NUM = 1
 _CTA_PROTO_SRC_PORT = 2
 _CTA_PROTO_DST_PORT = 3
 
 _IPS_DST_NAT = struct.pack("!I", 1 << 5)
 _TCP = b"\x06"
+
+
+# How the kernel lays out an IPv4 flow's message from its start (ctnetlink_fill_info of
+# net/netfilter/nf_conntrack_netlink.c): both tuples come first, with their attributes in a fixed
+# order. A TCP flow without a zone in its tuples has these headers; any other is read one
+# attribute after the other.
+_USUAL = struct.Struct("=20x 12s4s 4s4x 16s4x 4s2s2x 12s4s 4s4x 16s2s")
+
+
+def _usual_headers() -> tuple[bytes, ...]:
+    pack = struct.Struct("=HH").pack
+    nested = 0x8000
+    found: list[bytes] = []
+    for kind in (_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY):
+        found += (
+            pack(52, kind | nested) + pack(20, _CTA_TUPLE_IP | nested) + pack(8, _CTA_IP_V4_SRC),
+            pack(8, _CTA_IP_V4_DST),
+            pack(28, _CTA_TUPLE_PROTO | nested) + pack(5, _CTA_PROTO_NUM) + _TCP + bytes(3)
+            + pack(6, _CTA_PROTO_SRC_PORT),
+        )
+        if kind == _CTA_TUPLE_ORIG:
+            found.append(pack(6, _CTA_PROTO_DST_PORT))
+    return tuple(found)
+
+
+_USUAL_HEADERS = _usual_headers()
+# Where the attributes begin: behind struct nlmsghdr and struct nfgenmsg.
+_ATTRIBUTES = 20
 
 
 class Flow(NamedTuple):
@@ -50,20 +79,50 @@ class Conntrack(NetlinkSocket):
     def __init__(self) -> None:
         super().__init__(NETLINK_NETFILTER)
 
-    def flows(self) -> Iterator[Flow]:
-        """The TCP flows with a translated destination. Raises OSError."""
-        # Linux 5.15 and newer sort out the others themselves.
-        only_translated = (codec.attribute(_CTA_STATUS, _IPS_DST_NAT)
-                           + codec.attribute(_CTA_STATUS_MASK, _IPS_DST_NAT))
-        for answer in self.request(_GET, _NFGENMSG_IPV4 + only_translated, dump=True):
-            flow = _flow(codec.attributes(answer.payload[len(_NFGENMSG_IPV4):]))
-            if flow is not None:
-                yield flow
+    def live(self) -> set[bytes]:
+        """The keys (``mapping.flow_key``) of the mappings that have flows. Raises OSError."""
+        found = set()
+        for buffer, start, end in self._translated():
+            key = _key(buffer, start, end)
+            if key is not None:
+                found.add(key)
+        return found
+
+    def flows(self, wanted: Collection[bytes] | None = None) -> list[Flow]:
+        """The TCP flows with a translated destination; of these mappings' keys if given.
+
+        Raises OSError.
+        """
+        found = []
+        for buffer, start, end in self._translated():
+            if wanted is None or _key(buffer, start, end) in wanted:
+                flow = _flow(codec.attributes(bytes(buffer[start + _ATTRIBUTES:end])))
+                if flow is not None:
+                    found.append(flow)
+        return found
 
     def cut(self, flow: Flow) -> None:
         """Forget a flow, so that its packets are translated no more."""
         with contextlib.suppress(OSError):  # it is gone already
             self.request(_DELETE, _NFGENMSG_IPV4 + flow.key)
+
+    def _translated(self) -> Iterator[tuple[memoryview, int, int]]:
+        # Linux 5.15 and newer sort out the others themselves.
+        only_translated = (codec.attribute(_CTA_STATUS, _IPS_DST_NAT)
+                           + codec.attribute(_CTA_STATUS_MASK, _IPS_DST_NAT))
+        return self.dump(_GET, _NFGENMSG_IPV4 + only_translated)
+
+
+def _key(buffer: memoryview, start: int, end: int) -> bytes | None:
+    """The key of the mapping that the flow of a message goes through; None if it is no such."""
+    if end - start >= _USUAL.size:
+        (head1, client, head2, head3, head4, port,
+         head5, address, head6, head7, remote_port) = _USUAL.unpack_from(buffer, start)
+        if (head1, head2, head3, head4, head5, head6, head7) == _USUAL_HEADERS:
+            key: bytes = client + port + address + remote_port
+            return key
+    flow = _flow(codec.attributes(bytes(buffer[start + _ATTRIBUTES:end])))
+    return None if flow is None else flow_key(flow.mapping)
 
 
 def _flow(entry: dict[int, bytes]) -> Flow | None:

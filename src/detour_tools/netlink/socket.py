@@ -4,6 +4,7 @@
 import errno
 import socket
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from detour_tools.netlink import codec
@@ -23,6 +24,7 @@ _SO_RCVBUFFORCE = 33
 # kernel takes to give it.
 _RECEIVE = 1 << 18
 
+_HEADER = struct.Struct("=IHHI")  # of struct nlmsghdr: length, type, flags, sequence
 _GENL_HEADER = struct.Struct("=BBH")
 _GENL_ID_CTRL = 16
 _CTRL_CMD_GETFAMILY = 3
@@ -71,8 +73,37 @@ class NetlinkSocket:
                     return answers
                 answers.append(answer)
 
-    def _receive(self) -> bytes:
-        return bytes(self._buffer[:self._socket.recv_into(self._buffer)])
+    def dump(self, kind: int, payload: bytes) -> Iterator[tuple[memoryview, int, int]]:
+        """The answers to a dump as they come: the buffer, and where in it each starts and ends.
+
+        For dumps of very many entries, of which no objects are made; what the buffer holds is
+        others' at the next step. To be read to its end. Raises codec.NetlinkError.
+        """
+        sequence = self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        self._socket.send(codec.message(kind, codec.NLM_F_REQUEST | codec.NLM_F_DUMP, sequence,
+                                        payload))
+        buffer, unpack = self._buffer, _HEADER.unpack_from
+        ends = (codec.NLMSG_ERROR, codec.NLMSG_DONE)
+        while True:
+            size = self._socket.recv_into(buffer)
+            offset = 0
+            while offset + 16 <= size:
+                length, answered, _, number = unpack(buffer, offset)
+                end = offset + length
+                if length < 16 or end > size:
+                    break
+                if number == sequence:
+                    if answered in ends:
+                        found = next(codec.messages(bytes(buffer[offset:end])))
+                        error = codec.error_of(found)
+                        if error is not None:
+                            raise error
+                        return
+                    yield buffer, offset, end
+                offset = (end + 3) & ~3
+
+    def _receive(self, flags: int = 0) -> bytes:
+        return bytes(self._buffer[:self._socket.recv_into(self._buffer, 0, flags)])
 
 
 class GenericFamily(NamedTuple):

@@ -35,7 +35,7 @@ class Commands:
             raise UserError("'after' must be a number")
         if after == 0:
             with contextlib.suppress(OSError):  # it is as it was at the last sweep then
-                await self._upkeep.note_flows(list(self._keeper.table.entries()))
+                await self._upkeep.note_flows()
         now = time.monotonic()
         page = list(islice(self._keeper.table.entries(after), _PAGE))
         return {

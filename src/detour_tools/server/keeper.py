@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from random import SystemRandom
 from typing import TypeVar
 
-from detour_tools.mapping import Mapping
+from detour_tools.mapping import Mapping, flow_key
 from detour_tools.nat.base import NatBackend, NatError, Terms
 from detour_tools.nat.choose import choose
 from detour_tools.netlink.conntrack import Conntrack
@@ -113,13 +113,13 @@ class Keeper:
             await self.cut(removed)
         return removed
 
-    async def live(self) -> set[Mapping]:
-        """The mappings that a flow known to the kernel goes through."""
+    async def live(self) -> set[bytes]:
+        """The keys of the mappings that a flow known to the kernel goes through."""
         return await self._in_flows(_live)
 
     async def cut(self, mappings: Iterable[Mapping]) -> None:
         """Cut the flows through mappings that are no more."""
-        wanted = frozenset(mappings)
+        wanted = list(mappings)
         try:
             if wanted:
                 await self._in_flows(_cut, wanted)
@@ -192,13 +192,12 @@ class Keeper:
             self._flow_thread, function, *arguments)
 
 
-def _live() -> set[Mapping]:
+def _live() -> set[bytes]:
     with contextlib.closing(Conntrack()) as conntrack:
-        return {flow.mapping for flow in conntrack.flows()}
+        return conntrack.live()
 
 
-def _cut(mappings: frozenset[Mapping]) -> None:
+def _cut(mappings: Iterable[Mapping]) -> None:
     with contextlib.closing(Conntrack()) as conntrack:
-        for flow in conntrack.flows():
-            if flow.mapping in mappings:
-                conntrack.cut(flow)
+        for flow in conntrack.flows(frozenset(map(flow_key, mappings))):
+            conntrack.cut(flow)

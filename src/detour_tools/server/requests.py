@@ -8,7 +8,9 @@ shared by all that came meanwhile; an answer leaves when its mapping is live in 
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from itertools import islice
 from typing import NamedTuple
 
 from detour_tools import mproxy
@@ -48,13 +50,16 @@ class Requests:
     """Serves what the receiver receives."""
 
     def __init__(self, receiver: Receiver, keeper: Keeper, policy: Policy,
-                 listening: ListeningPorts, printer: Printer) -> None:
+                 listening: ListeningPorts, look: Callable[[], Awaitable[None]],
+                 printer: Printer) -> None:
+        """``look`` is awaited before mappings may have to make room for others."""
         self.counters = Counters()
         self._receiver = receiver
         self._keeper = keeper
         self._policy = policy
         self._printer = printer
         self._listening = listening
+        self._look = look
         self._routes = Routes()
         self._queue: deque[_Request] = deque()
         self._waiting = asyncio.Event()
@@ -90,6 +95,8 @@ class Requests:
             await self._waiting.wait()
             self._waiting.clear()
             while self._queue:
+                if self._may_need_room():
+                    await self._look()
                 async with self._keeper.lock:
                     await self._serve_batch()
 
@@ -115,6 +122,14 @@ class Requests:
             self._bounded.warning("overflow", "too many requests at once: some are dropped")
         else:
             self._queue.append(_Request(message, sender))
+
+    def _may_need_room(self) -> bool:
+        table, rules = self._keeper.table, self._policy.rules
+        asking = Counter(request.sender.address for request
+                         in islice(self._queue, _REQUESTS_A_COMMIT))
+        return len(table) + asking.total() > rules.max_mappings or any(
+            table.count(client) + number > rules.max_per_client
+            for client, number in asking.items())
 
     async def _serve_batch(self) -> None:
         queue = self._queue

@@ -55,8 +55,7 @@ class Server:
                                  lambda: self._settings.allow_client or (), self._warnings)
         self._listening = ListeningPorts()
         self._upkeep = Upkeep(self._keeper, self._policy, self._listening, firewall,
-                              received=lambda: self._counters().received,
-                              evicted=lambda: self._counters().evicted)
+                              lambda: self._counters().received)
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM. Raises UserError."""
@@ -81,7 +80,7 @@ class Server:
             stack.callback(receiver.close)
             stack.callback(self._listening.close)
             self._requests = Requests(receiver, self._keeper, self._policy, self._listening,
-                                      printer)
+                                      self._upkeep.look_before_making_room, printer)
             stack.callback(self._requests.close)
             await stack.enter_async_context(self._rules(printer))
             loop.add_reader(receiver.fileno(), self._requests.on_readable)

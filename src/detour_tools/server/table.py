@@ -14,7 +14,7 @@ from random import Random
 from typing import NamedTuple
 
 from detour_tools.endpoint import Endpoint, IPAddress
-from detour_tools.mapping import Mapping
+from detour_tools.mapping import Mapping, flow_key
 from detour_tools.server.ports import FIRST, FIRST_OTHER, PortPool
 from detour_tools.server.unproven import Unproven
 
@@ -42,10 +42,11 @@ class Decision(NamedTuple):
 class Entry:
     """A mapping in the table; ``serial`` grows with every new one, ``last_used`` in seconds.
 
-    ``proven``: a flow through it was seen.
+    ``key`` is its ``flow_key``. ``proven``: a flow through it was seen.
     """
 
     mapping: Mapping
+    key: bytes
     serial: int
     last_used: float
     proven: bool = False
@@ -194,7 +195,7 @@ class MappingTable:
         return [state.ports[port] for state in self._clients.values() if port in state.ports]
 
     def _insert(self, state: _Client, mapping: Mapping, now: float) -> Entry:
-        entry = Entry(mapping, next(self._serials), now)
+        entry = Entry(mapping, flow_key(mapping), next(self._serials), now)
         self._clients[mapping.client] = state
         state.ports[mapping.detour_port] = entry
         self._by_remote[mapping.client, mapping.remote] = entry

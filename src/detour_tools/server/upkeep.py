@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from detour_tools.nat.base import NatError
 from detour_tools.netlink.addresses import InterfaceAddress, interface_addresses
@@ -23,27 +23,26 @@ _SWEEP_SECONDS = 15.0
 # A look at the flows proves mappings; where unproven ones make room it must come before their turn.
 _PROVING_SECONDS = 60.0
 _PRESSED_PROVING_SECONDS = 4.0
+# A look at the flows makes the kernel list them all: with 100,000 it takes 0.4 s of processor
+# time. It may take one part in so many of it, and more only where room is scarce.
+_LOOKING_SHARE = 200
+_PRESSED_LOOKING_SHARE = 20
+# Requests wait for so many at most: a few milliseconds.
 _ENTRIES_A_TURN = 1000
 
 
 class Upkeep:
-    """The server's periodic work.
+    """The server's periodic work. ``received`` tells how many datagrams came since the start."""
 
-    ``received`` tells how many datagrams came since the start, ``evicted`` how many mappings made
-    room for others.
-    """
-
-    def __init__(self, keeper: Keeper, policy: Policy,
-                 listening: ListeningPorts, firewall: FirewallWatch, *,
-                 received: Callable[[], int], evicted: Callable[[], int]) -> None:
+    def __init__(self, keeper: Keeper, policy: Policy, listening: ListeningPorts,
+                 firewall: FirewallWatch, received: Callable[[], int]) -> None:
         self.expired = 0
         self._keeper = keeper
         self._policy = policy
         self._listening = listening
         self._listened_on: frozenset[int] = frozenset()
-        self._evicted = evicted
-        self._evicted_before = 0
-        self._proved_at = float("-inf")
+        self._looked_at = float("-inf")
+        self._look_took = 0.0
         self._firewall = firewall
         self._received = received
         self._addresses: frozenset[InterfaceAddress] = frozenset()
@@ -65,7 +64,8 @@ class Upkeep:
             if self._see_addresses():
                 await self.remove_forbidden()
             await self._remove_listened_on()
-            await self._prove()
+            if self._may_look(pressed=False):
+                await self._prove(_PROVING_SECONDS)
             await self._firewall.check()
             collector.run(self._received(), time.monotonic())
 
@@ -78,9 +78,11 @@ class Upkeep:
 
     async def remove_forbidden(self) -> None:
         """Remove mappings that policy would refuse now."""
-        await self._remove([entry for entry in self._keeper.table.entries()
-                            if not self._policy.permits(entry.mapping, self._host)],
-                           "that are not allowed any more")
+        forbidden: list[Entry] = []
+        async for some in _in_turns(list(self._keeper.table.entries())):
+            forbidden += [entry for entry in some
+                          if not self._policy.permits(entry.mapping, self._host)]
+        await self._remove(forbidden, "that are not allowed any more")
 
     async def _remove_listened_on(self) -> None:
         """Remove mappings of ports that this host has begun to listen on."""
@@ -98,37 +100,47 @@ class Upkeep:
         if removed:
             log.info("removed %d mappings %s", len(removed), why)
 
-    async def note_flows(self, entries: Sequence[Entry]) -> None:
-        """Note which of these mappings have flows, as used now. Raises OSError."""
+    async def note_flows(self) -> None:
+        """Note which mappings have flows, as used now. Raises OSError."""
         live = await self._keeper.live()
         table = self._keeper.table
-        for number, entry in enumerate(entries):
-            if number % _ENTRIES_A_TURN == 0:
-                await asyncio.sleep(0)  # requests do not wait for all of them
-            if entry.mapping in live and table.holds(entry):
-                table.prove(entry, time.monotonic())
+        async for some in _in_turns(list(table.entries())):
+            now = time.monotonic()
+            for entry in some:
+                if entry.key in live and table.holds(entry):
+                    table.prove(entry, now)
 
-    async def _prove(self) -> None:
+    async def _look(self) -> None:
+        began, self._looked_at = time.process_time(), time.monotonic()
+        await self.note_flows()
+        self._look_took = time.process_time() - began
+
+    def _may_look(self, *, pressed: bool) -> bool:
+        share = _PRESSED_LOOKING_SHARE if pressed else _LOOKING_SHARE
+        return time.monotonic() - self._looked_at >= share * self._look_took
+
+    async def look_before_making_room(self) -> None:
+        """See that what has a flow by now makes no room, if the last look was not just before."""
+        if self._may_look(pressed=True):
+            await self._prove(_PRESSED_PROVING_SECONDS)
+
+    async def _prove(self, at_most_every: float) -> None:
         """Note which unproven mappings have flows by now, if it is time to."""
-        evicted, now = self._evicted(), time.monotonic()
-        pressed = evicted != self._evicted_before
-        unproven = self._keeper.table.unproven
-        if not unproven or now - self._proved_at < (
-                _PRESSED_PROVING_SECONDS if pressed else _PROVING_SECONDS):
-            return
-        self._evicted_before, self._proved_at = evicted, now
-        with contextlib.suppress(OSError):  # the next look tells
-            await self.note_flows(list(unproven))
+        if self._keeper.table.unproven and time.monotonic() - self._looked_at >= at_most_every:
+            with contextlib.suppress(OSError):  # the next look tells
+                await self._look()
 
     async def _expire(self) -> None:
         table = self._keeper.table
         now = time.monotonic()
-        idle = list(table.unused_since(now - self._policy.idle_limit(len(table)),
-                                       now - self._policy.unproven_limit(len(table))))
-        if not idle:
+        limit = self._policy.idle_limit(len(table))
+        idle = list(table.unused_since(now - limit, now - self._policy.unproven_limit(len(table))))
+        # None goes without a look at the flows just before; that look is one for all the others,
+        # so that those with flows do not bring about the next.
+        if not idle or not self._may_look(pressed=limit < self._policy.rules.idle_timeout):
             return
         used_at = {entry.serial: entry.last_used for entry in idle}
-        await self.note_flows(idle)
+        await self._look()
         removed = await self._keeper.remove(
             idle, lambda entry: entry.last_used == used_at[entry.serial])
         if removed:
@@ -145,3 +157,10 @@ class Upkeep:
         self._host = HostAddresses(frozenset(each.address for each in self._addresses),
                                    NetworkSet({each.network for each in self._addresses}))
         return True
+
+
+async def _in_turns(entries: Sequence[Entry]) -> AsyncIterator[Sequence[Entry]]:
+    """Some of the entries at a time, with everybody else's turn in between."""
+    for start in range(0, len(entries), _ENTRIES_A_TURN):
+        yield entries[start:start + _ENTRIES_A_TURN]
+        await asyncio.sleep(0)
