@@ -6,7 +6,6 @@ import argparse
 from detour_tools import mproxy, runtime
 from detour_tools.cli import common
 from detour_tools.firewall import look
-from detour_tools.firewall.judge import is_certain
 
 
 def add_to(commands: "argparse._SubParsersAction[common.Parser]", prog: str) -> None:
@@ -28,11 +27,13 @@ def add_to(commands: "argparse._SubParsersAction[common.Parser]", prog: str) -> 
 
 def _check(arguments: argparse.Namespace, prog: str) -> int:
     runtime.need_capability("CAP_NET_ADMIN", prog)
-    found = look.warnings(arguments.port, arguments.client)
-    drops = any(map(is_certain, found))
+    found, unread = look.findings(arguments.port, arguments.client)
+    texts = [each.text for each in found] + unread
+    # What cannot be read may drop everything.
+    drops = bool(unread) or any(each.certain for each in found)
     if arguments.json:
-        common.print_json({"drops": drops, "warnings": found})
+        common.print_json({"drops": drops, "warnings": texts})
     else:
-        for text in found or ["no rule of this host stands in the way"]:
+        for text in texts or ["no rule of this host stands in the way"]:
             print(text)
     return int(drops)
