@@ -162,8 +162,7 @@ def _detour(text: str, remote: Endpoint | None) -> Finding:
         except OSError as error:
             return Finding(what, False, f"{answered}, but TCP to that port: {_reason(error)}",
                            "let TCP pass to the detour's ports, in its provider's firewall too, "
-                           "and on to the remote; detour-server names at start the rules of its "
-                           "host that drop")
+                           "and on to the remote; on the detour run: detour-server firewall check")
         answered += ", and TCP gets there"
     return Finding(what, True, answered)
 
