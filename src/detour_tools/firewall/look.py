@@ -41,15 +41,27 @@ def findings(port: int, sources: Iterable[Network] = ()) -> tuple[list[Finding],
 def chains(*, to_change: bool = False) -> tuple[list[Chain], list[str]]:
     """All base chains of this host, and a line for each thing that cannot be read.
 
-    ``to_change``: also rules that nft can show are asked of iptables-nft, if those are its own,
-    as it has numbers for them. Raises UserError where something cannot be read, then.
+    ``to_change``: as of chains_of().
     """
-    unread = []
     try:
         objects = nft.parse(ruleset())
     except (OSError, ValueError) as error:
-        objects = []
-        unread.append(f"cannot tell whether nftables rules drop detoured packets: {error}")
+        unread = f"cannot tell whether nftables rules drop detoured packets: {error}"
+        if to_change:
+            raise UserError(unread) from None
+        found, more = chains_of([])
+        return found, [unread, *more]
+    return chains_of(objects, to_change=to_change)
+
+
+def chains_of(objects: list[dict[str, Any]], *, to_change: bool = False
+              ) -> tuple[list[Chain], list[str]]:
+    """The same, where ``objects`` are the rules of nftables.
+
+    ``to_change``: rules that nft can show are asked of iptables-nft as well, if those are its own,
+    as it has numbers for them; and what cannot be read raises UserError.
+    """
+    unread = []
     found = []
     read = []
     try:
