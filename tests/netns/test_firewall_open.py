@@ -5,6 +5,7 @@ In a mount namespace where /etc is a folder of the test's.
 """
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def etc(tmp_path: Path) -> Path:
 def _firewall(host: Host, etc: Path, *words: str) -> dict[str, Any]:
     """What the command prints as JSON, or its error as ``msg``."""
     done = host.run(
-        ["unshare", "--mount", "sh", "-c", 'mount --bind "$1" /etc && shift && exec "$@"', "sh",
-         etc, "detour-server", "firewall", *words, "--json"], check=False)
+        ["unshare", "--mount", "sh", "-c", 'umask 077; mount --bind "$1" /etc; shift; exec "$@"',
+         "sh", etc, "detour-server", "firewall", *words, "--json"], check=False)
     if done.returncode:
         assert done.returncode == 1, done.stderr
         assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -120,6 +121,8 @@ def test_requests_are_let_in_and_the_way_back(host: Host, etc: Path) -> None:
 
     assert _requests(host, etc) == said
     assert "ip saddr { 192.0.2.1, 203.0.113.0/24 } udp dport 45672 accept" in _listed(host)
+    # Whatever root's umask: users may look at what systemd reads.
+    assert {stat.S_IMODE(path.stat().st_mode) for path in etc.rglob("*")} == {0o644, 0o755}
     again = _requests(host, etc)
     assert (again["changed"], again["added"], again["removed"]) == (False, [], [])
 

@@ -2,6 +2,7 @@
 """detour-server firewall check, open, close: the host's own rules, where they stand in the way."""
 
 import argparse
+import os
 from collections.abc import Callable
 from ipaddress import IPv4Network
 
@@ -68,6 +69,7 @@ def _add_port(command: argparse.ArgumentParser) -> None:
 def _run(act: Callable[[argparse.Namespace], Change | int], arguments: argparse.Namespace,
          prog: str) -> int:
     runtime.need_capability("CAP_NET_ADMIN", prog)
+    os.umask(0o022)  # whatever root's is: users may look at what systemd reads
     done = act(arguments)
     if isinstance(done, int):
         return done

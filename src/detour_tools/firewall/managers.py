@@ -192,7 +192,6 @@ def write(path: Path, text: str) -> None:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         new.unlink(missing_ok=True)
         new.write_text(text, encoding="utf-8")
-        new.chmod(0o644)  # whatever root's umask: users may look at what systemd reads
         new.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
