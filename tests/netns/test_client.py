@@ -442,8 +442,12 @@ def test_check_of_a_remote_tells_what_is_wrong_on_the_way(ready_lab, start):
 
     detour.run(["nft", "table ip closed { chain in { type filter hook forward priority 0; "
                 "ct status dnat reject; }; }"])
-    assert re.search(r"FAIL  detour 10.0.6.2:45672: .*, but TCP to that port: .* -> let TCP pass",
-                     check(PORT, 1))
+    assert re.search(r"FAIL  detour 10.0.6.2:45672: .*, but TCP to that port: .* -> let TCP pass"
+                     ".*; on the detour run: detour-server firewall check\n", check(PORT, 1))
+    detour.run(["nft", "flush ruleset; table ip closed { chain in { "
+                "type filter hook input priority 0; udp dport 45672 drop; }; }"])
+    assert re.search(r"FAIL  detour 10.0.6.2:45672: .* did not answer -> .*"
+                     r"on the detour run: detour-server firewall check\)", check(PORT, 1))
 
 
 def test_run_passes_the_exit_status_and_sets_go_up(lab):
