@@ -10,8 +10,8 @@ UTF8 := LC_ALL=C.UTF-8
 SCENARIO :=
 # Python programs outside src and tests, which the checkers do not find by themselves.
 PROGRAMS := scripts/calls scripts/check-setup scripts/role-docs scripts/wheels molecule/default/files/new_run molecule/default/files/transfer \
-	roles/detour_common/files/install.py roles/ip_forward/files/detour-forward roles/monitoring/files/detour-capture \
-	roles/mptcp_kernel/files/look roles/bridge/library/detour_bridges.py roles/detour_server/library/detour_firewall.py \
+	roles/detour_common/files/install.py roles/monitoring/files/detour-capture \
+	roles/mptcp_kernel/files/look roles/bridge/library/detour_bridges.py \
 	roles/ip_forward/library/detour_sysctls.py roles/supported/filter_plugins/detour_variables.py
 KERNEL_SCRIPTS := kernel/build kernel/check kernel/export kernel/import kernel/selftests
 # Also for root by 'su', and for a user: some programs of ours are where only root's PATH leads.

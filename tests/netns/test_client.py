@@ -445,8 +445,12 @@ def test_check_of_a_remote_tells_what_is_wrong_on_the_way(ready_lab, start):
 
     detour.run(["nft", "table ip closed { chain in { type filter hook forward priority 0; "
                 "ct status dnat reject; }; }"])
-    assert re.search(r"FAIL  detour 10.0.6.2:45672: .*, but a join to that port: .* -> let TCP ",
-                     check(PORT, 1))
+    assert re.search(r"FAIL  detour 10.0.6.2:45672: .*, but a join to that port: .* -> let TCP "
+                     ".*; on the detour run: detour-server firewall check\n", check(PORT, 1))
+    detour.run(["nft", "flush ruleset; table ip closed { chain in { "
+                "type filter hook input priority 0; udp dport 45672 drop; }; }"])
+    assert re.search(r"FAIL  detour 10.0.6.2:45672: .* did not answer -> .*"
+                     r"on the detour run: detour-server firewall check\)", check(PORT, 1))
 
 
 def test_check_without_privilege_tells_what_a_refusal_of_plain_tcp_means(ready_lab):

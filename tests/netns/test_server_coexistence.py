@@ -2,7 +2,6 @@
 """Beside other people's rules: theirs stay as they are, ours do no harm, and theirs are seen."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -122,8 +121,6 @@ def test_a_foreign_masquerade_of_everything_does_not_get_in_the_way(lab, start_s
     assert Flow(client, detour.address, port).seen_as == "10.0.6.2"
 
 
-FORWARD = Path(__file__).parents[2] / "roles/ip_forward/files/detour-forward"
-
 # What stands in the forward chain, a way to name it, and whether a flow comes through.
 FIREWALLS = {
     "nft policy": (["nft", "-f", "-"], """table inet fw {
@@ -181,12 +178,12 @@ def test_the_cure_opens_no_port_that_the_host_publishes(lab, start_server, backe
     else:
         detour.run(["iptables-legacy", "-P", "FORWARD", "DROP"])
     start_server(detour, "--backend", backend, *PRIVATE, *PLAIN)
-    detour.run(["python3", FORWARD, "open"])
+    detour.run(["detour-server", "firewall", "open", "flows"])
     port = Asker(client, detour.address).ask("10.0.3.2:80", 80)
     assert Flow(client, detour.address, port).echo()
     with pytest.raises(TimeoutError):
         Flow(client, detour.address, 2222, timeout=1.0)
-    detour.run(["python3", FORWARD, "close"])
+    detour.run(["detour-server", "firewall", "close", "flows"])
     with pytest.raises(TimeoutError):
         Flow(client, detour.address, port, timeout=1.0)
 

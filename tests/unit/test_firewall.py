@@ -15,8 +15,12 @@ RULES = json.loads((RULESETS / "rules.json").read_text(encoding="utf-8"))
 PORT = 45672
 
 
+def texts(chains, sources):
+    return [each.text for each in judge.findings(chains, PORT, sources)]
+
+
 def warnings(objects, *sources, iptables=()):
-    return judge.warnings([*nft.chains(objects), *iptables], PORT, map(IPv4Network, sources))
+    return texts([*nft.chains(objects), *iptables], map(IPv4Network, sources))
 
 
 def ruleset(family, policy, rules, hook="forward", **others):
@@ -209,7 +213,7 @@ def read(name):
     printed = RULESETS / f"{name}.iptables"
     more = legacy.chains(printed.read_text(), "iptables-nft") if printed.exists() else []
     tables = nft.xtables(objects)
-    return judge.warnings([*nft.chains(objects, without=tables), *more], PORT, ())
+    return texts([*nft.chains(objects, without=tables), *more], ())
 
 
 @pytest.mark.parametrize(("name", "said"), [
@@ -278,3 +282,11 @@ def test_our_own_chains_of_iptables_stand_in_nobodys_way():
                     "-A DETOUR-FORWARD -m connlabel ! --label 97 -j DROP",
                     "-A DETOUR-FORWARD -p tcp -m tcp ! --tcp-option 30 --tcp-flags SYN SYN -j DROP",
                     ) == []
+
+
+def test_a_rule_whose_text_says_may_is_certain_all_the_same():
+    text = "' of chain x may drop all packets"
+    found = judge.findings(legacy.chains(
+        "-P FORWARD ACCEPT\n-A FORWARD -i eth9 -j DROP\n"
+        f'-A FORWARD -m comment --comment "{text}" -j DROP', "iptables-legacy"), PORT, ())
+    assert [(each.certain, each.rule.position) for each in found] == [(True, "2"), (False, "1")]

@@ -42,6 +42,8 @@ examples:
   detour-server list --json                      its mappings, for a program
   detour-server flush --client 10.0.1.1          drop a client's mappings and cut their flows
   detour-server firewall check                   do rules of this host stand in the way?
+  detour-server firewall open flows              then let detoured flows through
+  detour-server firewall close                   take away what was opened
 """
 
 

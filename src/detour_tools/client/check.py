@@ -179,7 +179,7 @@ def _through(what: str, answered: str, port: Endpoint, remote: Endpoint) -> Find
         reason = _reason(error)
     return Finding(what, False, f"{answered}, but a join to that port: {reason}",
                    "let TCP pass to the detour's ports, in its provider's firewall too, and on to "
-                   "the remote; detour-server names the rules of its host that drop")
+                   "the remote; on the detour run: detour-server firewall check")
 
 
 def _plainly(what: str, answered: str, port: Endpoint) -> Finding:

@@ -61,8 +61,8 @@ def request_mapping(detour: Endpoint, remote: Endpoint, port: int) -> tuple[int,
         except OSError as error:
             raise UserError(f"cannot reach {detour}: {error.strerror}") from None
     raise UserError(f"detour {detour} did not answer",
-                    "a firewall may drop UDP there, or the detour refuses this client or "
-                    "remote: see the detour-server's log")
+                    "a firewall may drop UDP there (on the detour run: detour-server firewall "
+                    "check), or the detour refuses this client or remote: see its log")
 
 
 def _await_answer(channel: socket.socket, remote: Endpoint, until: float) -> int | None:

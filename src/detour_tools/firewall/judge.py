@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a firewall's chains do to a packet: let it through, drop it, or may drop it; pure."""
 
-import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
@@ -10,16 +9,19 @@ from detour_tools.firewall.packet import Condition, Packet, arriving, mapped, re
 
 _DEPTH = 16  # of jumps, as the kernel allows
 _MAY_AT_MOST = 5
-_MAY = re.compile(r"' of chain [^']* may (drop|leave) [^']* packets")
 
 
 @dataclass(slots=True)
 class Rule:
-    """A rule with a verdict: accept, drop, return, notrack, or "jump X", "goto X"."""
+    """A rule with a verdict: accept, drop, return, notrack, or "jump X", "goto X".
+
+    ``position`` is what its tool names it by: nft's handle, or the number in the chain.
+    """
 
     text: str
     conditions: tuple[Condition, ...]
     verdict: str
+    position: str = ""
 
 
 @dataclass(slots=True)
@@ -27,7 +29,8 @@ class Chain:
     """A chain; ``hook`` and ``policy`` are empty for one that only others jump to.
 
     ``insert`` is the command that puts a rule first, without the rule; ``tool`` whose words the
-    rule is to have.
+    rule is to have. ``program`` is what changes the chain, under the name ``own_name``; one that
+    is ``owned`` only the program that made it can change.
     """
 
     name: str
@@ -37,44 +40,64 @@ class Chain:
     policy: str = ""
     rules: list[Rule] = field(default_factory=list)
     siblings: "dict[str, Chain]" = field(default_factory=dict)
+    program: tuple[str, ...] = ("nft",)
+    own_name: str = ""
+    owned: bool = False
 
 
-def judge(chain: Chain, packet: Packet) -> Iterator[str]:
-    """One line for each rule, or the policy, that drops the packet in this base chain.
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What stands in a packet's way: ``text`` says it in a line; ``certain`` or only maybe.
+
+    ``rule`` is the one of the base ``chain`` that drops the packet, or leads to where it is
+    dropped; None: the chain's policy does.
+    """
+
+    text: str
+    certain: bool
+    chain: Chain
+    rule: Rule | None = None
+
+
+def judge(chain: Chain, packet: Packet) -> Iterator[Finding]:
+    """One for each rule, or the policy, that drops the packet in this base chain.
 
     In a prerouting chain: for each rule that keeps connection tracking off it.
     """
-    end = yield from _walk(chain, chain, packet, True, 0)
+    end = yield from _walk(chain, chain, packet, True, None)
     if not end and chain.policy == "drop" and chain.hook != "prerouting":
-        yield (f"chain {chain.name} has policy drop: {packet.what} will be dropped; "
-               f"allow them with: {_cure(chain, packet)}")
+        yield Finding(f"chain {chain.name} has policy drop: {packet.what} will be dropped; "
+                      f"allow them with: {_cure(chain, packet)}", True, chain)
 
 
-def warnings(chains: list[Chain], port: int, sources: Iterable[IPv4Network]) -> list[str]:
+def findings(chains: list[Chain], port: int, sources: Iterable[IPv4Network]) -> list[Finding]:
     """All that stands in the way of mapped flows, and of requests to the UDP ``port``.
 
     What certainly does comes first, then some of what may. Without ``sources`` it is not known
     who asks.
     """
-    before = [chain for chain in chains if chain.hook == "prerouting"]
-    tracked = not any(True for chain in before for _ in judge(chain, request(port)))
+    tracked = are_tracked(chains, port)
     requests = [request(port, source, tracked=tracked) for source in sources] or [
         request(port, tracked=tracked)]
     by_hook = {"prerouting": [arriving()], "forward": [mapped()], "input": requests}
-    found = list(dict.fromkeys(text for chain in chains for packet in by_hook.get(chain.hook, ())
-                               for text in judge(chain, packet)))
-    possible = [text for text in found if not is_certain(text)]
-    return [text for text in found if is_certain(text)] + possible[:_MAY_AT_MOST]
+    found = {each.text: each for chain in chains for packet in by_hook.get(chain.hook, ())
+             for each in judge(chain, packet)}.values()
+    possible = [each for each in found if not each.certain]
+    return [each for each in found if each.certain] + possible[:_MAY_AT_MOST]
 
 
-def is_certain(warning: str) -> bool:
-    """Whether it says what does happen, not only what may."""
-    return not _MAY.search(warning)
+def are_tracked(chains: list[Chain], port: int) -> bool:
+    """Whether connection tracking sees requests to the UDP ``port``."""
+    before = [chain for chain in chains if chain.hook == "prerouting"]
+    return not any(True for chain in before for _ in judge(chain, request(port)))
 
 
-def _walk(chain: Chain, base: Chain, packet: Packet, certain: bool,
-          depth: int) -> Generator[str, None, bool]:
-    """Yield warnings; return whether the walk through the base chain ends here."""
+def _walk(chain: Chain, base: Chain, packet: Packet, certain: bool, via: Rule | None,
+          depth: int = 0) -> Generator[Finding, None, bool]:
+    """Yield findings; return whether the walk through the base chain ends here.
+
+    ``via`` is the base chain's rule by which the walk came to another chain.
+    """
     bad = "notrack" if base.hook == "prerouting" else "drop"
     for rule in chain.rules if depth <= _DEPTH else ():
         met = _all(packet.meets(condition) for condition in rule.conditions)
@@ -83,11 +106,12 @@ def _walk(chain: Chain, base: Chain, packet: Packet, certain: bool,
         sure = certain and bool(met)
         how, _, target = rule.verdict.partition(" ")
         if how == bad and (sure or packet.say_may):
-            yield _said(rule, chain, base, packet, sure)
+            yield Finding(_said(rule, chain, base, packet, sure), sure, base, via or rule)
         elif how == "accept" and packet.is_meant(rule.conditions):
             return True
         elif target and target in base.siblings:
-            if (yield from _walk(base.siblings[target], base, packet, sure, depth + 1)):
+            if (yield from _walk(base.siblings[target], base, packet, sure, via or rule,
+                                 depth + 1)):
                 return True
             if sure and how == "goto":
                 return False  # to where this chain was called from

@@ -3,6 +3,7 @@
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,10 @@ def chains(text: str, tool: str, table: str = "filter") -> list[Chain]:
     found: dict[str, Chain] = {}
     where = "" if table == "filter" else f" -t {table}"
     called = "legacy iptables" if tool == "iptables-legacy" else ""
+    numbers: Counter[str] = Counter()
     for line in text.splitlines():
+        if line.startswith("-A "):  # also one that cannot be read has its number
+            numbers[line.split(" ", 2)[1]] += 1
         try:
             words = shlex.split(line)
         except ValueError:  # part of a rule whose comment has line breaks
@@ -43,11 +47,13 @@ def chains(text: str, tool: str, table: str = "filter") -> list[Chain]:
             of = f"{name} ({called}{', table ' + table if where else ''})" if called else (
                 f"ip {table} {name}")
             found[name] = Chain(of, f"{tool if called else 'iptables'}{where} -I {name}",
-                                "iptables", siblings=found)
+                                "iptables", siblings=found, own_name=name,
+                                program=(tool, "-w", "5", "-t", table))
             if words[0] == "-P" and len(words) > 2:
                 found[name].hook, found[name].policy = _HOOKS.get(name, ""), words[2].lower()
         elif words[:1] == ["-A"] and len(words) > 2 and words[1] in found and (
                 rule := _rule(line.split(maxsplit=2)[2], words[2:])) is not None:
+            rule.position = str(numbers[words[1]])
             found[words[1]].rules.append(rule)
     return [chain for chain in found.values() if chain.hook]
 

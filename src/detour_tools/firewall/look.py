@@ -5,12 +5,15 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Network
 from pathlib import Path
+from typing import Any
 
 from detour_tools.endpoint import Network
+from detour_tools.errors import UserError
 from detour_tools.firewall import judge, legacy, nft
+from detour_tools.firewall.judge import Chain, Finding
 from detour_tools.netlink.nf_tables import NfTables
 
 _LEGACY_TABLES = Path("/proc/net/ip_tables_names")
@@ -20,35 +23,74 @@ _SECONDS = 30
 
 
 def warnings(port: int, sources: Iterable[Network] = ()) -> list[str]:
-    """One line for each thing of the host's firewall that stands in the detour's way. Blocks.
+    """One line for each of findings(), and for what cannot be read. Blocks."""
+    found, unread = findings(port, sources)
+    return [each.text for each in found] + unread
 
-    What cannot be read is one of these. Of ``sources`` only those of IPv4 count, as requests do.
+
+def findings(port: int, sources: Iterable[Network] = ()) -> tuple[list[Finding], list[str]]:
+    """What of the host's firewall stands in the detour's way, and what cannot be read. Blocks.
+
+    Of ``sources`` only those of IPv4 count, as requests do.
+    """
+    found, unread = chains()
+    clients = [source for source in sources if isinstance(source, IPv4Network)]
+    return judge.findings(found, port, clients), unread
+
+
+def chains(*, to_change: bool = False) -> tuple[list[Chain], list[str]]:
+    """All base chains of this host, and a line for each thing that cannot be read.
+
+    ``to_change``: as of chains_of().
+    """
+    try:
+        objects = nft.parse(ruleset())
+    except (OSError, ValueError) as error:
+        unread = f"cannot tell whether nftables rules drop detoured packets: {error}"
+        if to_change:
+            raise UserError(unread) from None
+        found, more = chains_of([])
+        return found, [unread, *more]
+    return chains_of(objects, to_change=to_change)
+
+
+def chains_of(objects: list[dict[str, Any]], *, to_change: bool = False
+              ) -> tuple[list[Chain], list[str]]:
+    """The same, where ``objects`` are the rules of nftables.
+
+    ``to_change``: rules that nft can show are asked of iptables-nft as well, if those are its own,
+    as it has numbers for them; and what cannot be read raises UserError.
     """
     unread = []
+    found = []
+    read = []
     try:
-        objects = nft.parse(_nft())
-    except (OSError, ValueError) as error:
-        objects = []
-        unread.append(f"cannot tell whether nftables rules drop detoured packets: {error}")
-    by_iptables = {table: text for table in nft.xtables(objects)
-                   if table in _TABLES and (text := _iptables("iptables-nft", table)) is not None}
-    chains = nft.chains(objects, without=list(by_iptables))
-    for table, text in by_iptables.items():
-        chains += legacy.chains(text, "iptables-nft", table)
-    try:
-        loaded = _loaded()
+        for tool, table, text in listings(objects, everything=to_change):
+            found += legacy.chains(text, tool, table)
+            read += [table] if tool == "iptables-nft" else []
     except PermissionError:
-        loaded = []
         unread.append(
             "only root may look whether legacy iptables rules drop detoured packets here")
-    for table in loaded:
-        if (text := _iptables("iptables-legacy", table)) is not None:
-            chains += legacy.chains(text, "iptables-legacy", table)
-    clients = [source for source in sources if isinstance(source, IPv4Network)]
-    return judge.warnings(chains, port, clients) + unread
+    if to_change and unread:
+        raise UserError(unread[0])
+    return nft.chains(objects, without=read) + found, unread
 
 
-def _nft() -> bytes:
+def listings(objects: list[dict[str, Any]], *, everything: bool = False
+             ) -> Iterator[tuple[str, str, str]]:
+    """Each table that a variant of iptables has here: the variant, the table, ``-S`` of it.
+
+    ``everything``: also the tables of iptables-nft without any rule that nft cannot show.
+    """
+    def each(tool: str, tables: list[str]) -> Iterator[tuple[str, str, str]]:
+        for table in tables:
+            if table in _TABLES and (text := _iptables(tool, table)) is not None:
+                yield tool, table, text
+    yield from each("iptables-nft", nft.xtables(objects, everything=everything))
+    yield from each("iptables-legacy", _loaded())
+
+
+def ruleset() -> bytes:
     """The rules without the contents of sets, in JSON: with any number of mappings it is short.
 
     The program, as libnftables' Python binding takes no text that is not UTF-8.
@@ -59,7 +101,7 @@ def _nft() -> bytes:
         return b""  # no nftables, no chains of it
     if shutil.which("nft") is None:
         raise FileNotFoundError("the program nft is missing: apt install nftables")
-    return _run(["nft", "-j", "-t", "list", "ruleset"])
+    return run(["nft", "-j", "-a", "-t", "list", "ruleset"])
 
 
 def _loaded() -> list[str]:
@@ -76,13 +118,14 @@ def _iptables(tool: str, table: str) -> str | None:
     if command is None:
         return None
     try:
-        printed = _run([command, "-w", "5", "-t", table, "-S"])
+        printed = run([command, "-w", "5", "-t", table, "-S"])
     except OSError:
         return None
     return printed.decode("utf-8", "replace")
 
 
-def _run(command: list[str]) -> bytes:
+def run(command: list[str]) -> bytes:
+    """What the command printed. Raises OSError, which says why, when it fails."""
     try:
         done = subprocess.run(command, capture_output=True, check=False, timeout=_SECONDS,
                               stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"})

@@ -31,16 +31,22 @@ def parse(printed: bytes) -> list[dict[str, Any]]:
     return list(json.loads(text, strict=False).get("nftables", ())) if text.strip() else []
 
 
-def xtables(objects: list[dict[str, Any]]) -> list[str]:
-    """The tables with rules that only iptables-nft can read."""
-    return sorted({rule["table"] for rule in _each(objects, "rule")
-                   if rule["family"] == "ip" and rule["table"] in _XTABLES
-                   and any("xt" in part for part in rule.get("expr", ()))})
+def xtables(objects: list[dict[str, Any]], *, everything: bool = False) -> list[str]:
+    """The tables with rules that only iptables-nft can read; ``everything``: all that are its."""
+    found = {rule["table"] for rule in _each(objects, "rule")
+             if rule["family"] == "ip" and rule["table"] in _XTABLES
+             and any("xt" in part for part in rule.get("expr", ()))}
+    if everything:
+        found |= {chain["table"] for chain in _each(objects, "chain")
+                  if chain["family"] == "ip" and (chain["table"], chain["name"]) in _IPTABLES}
+    return sorted(found)
 
 
 def chains(objects: list[dict[str, Any]], without: list[str] | None = None) -> list[Chain]:
     """The base chains of IPv4 packets, but of our table and of ``without`` (of family ip)."""
     tables: dict[tuple[str, str], dict[str, Chain]] = {}
+    owned = {(table["family"], table["name"]) for table in _each(objects, "table")
+             if "owner" in table.get("flags", ())}
     found = []
     for what in _each(objects, "chain"):
         family, table, name = what["family"], what["table"], what["name"]
@@ -51,7 +57,8 @@ def chains(objects: list[dict[str, Any]], without: list[str] | None = None) -> l
         iptables = _IPTABLES.get((table, name)) if family == "ip" else None
         chain = Chain(f"{family} {table} {name}",
                       iptables or f"nft insert rule {family} {table} {name}",
-                      "iptables" if iptables else "nft", siblings=siblings)
+                      "iptables" if iptables else "nft", siblings=siblings,
+                      own_name=f"{family} {table} {name}", owned=(family, table) in owned)
         siblings[name] = chain
         if what.get("type") == "filter":
             chain.hook, chain.policy = what["hook"], what.get("policy", "accept")
@@ -59,11 +66,11 @@ def chains(objects: list[dict[str, Any]], without: list[str] | None = None) -> l
     for what in _each(objects, "rule"):
         owner = tables.get((what["family"], what["table"]), {}).get(what["chain"])
         if owner is not None:
-            owner.rules += rules(what.get("expr", ()))
+            owner.rules += rules(what.get("expr", ()), str(what.get("handle", "")))
     return found
 
 
-def rules(expressions: list[dict[str, Any]]) -> list[Rule]:
+def rules(expressions: list[dict[str, Any]], handle: str = "") -> list[Rule]:
     """A rule; with a verdict map, one for each of its elements; none without a verdict."""
     text = " ".join(filter(None, map(_text, expressions)))
     conditions: list[Condition] = []
@@ -77,9 +84,10 @@ def rules(expressions: list[dict[str, Any]]) -> list[Rule]:
             elements = what["data"].get("set", ()) if isinstance(what["data"], dict) else ()
             for value, action in elements:
                 if verdict := _verdict(action):
-                    found.append(Rule(text, (*conditions, Condition(key, (value,))), verdict))
+                    found.append(Rule(text, (*conditions, Condition(key, (value,))), verdict,
+                                      handle))
         elif verdict := _verdict(part):
-            found.append(Rule(text, tuple(conditions), verdict))
+            found.append(Rule(text, tuple(conditions), verdict, handle))
         elif kind not in _STATEMENTS:
             conditions.append(Condition())  # a limit, a match of iptables', whatever comes
     return found

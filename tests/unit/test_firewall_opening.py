@@ -1,24 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""detour-forward: which forward chains drop mapped flows, and where its rule goes."""
+"""Which forward chains drop mapped flows, and where the rule that opens them goes."""
 
-import json
-import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-from pathlib import Path
+from ipaddress import IPv4Network
 
 import pytest
 
-_PATH = Path(__file__).parents[2] / "roles/ip_forward/files/detour-forward"
-
-
-@pytest.fixture(scope="module")
-def program():
-    spec = spec_from_loader("detour_forward", SourceFileLoader("detour_forward", str(_PATH)))
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+from detour_tools.errors import UserError
+from detour_tools.firewall import flows, legacy, look, nft, opening
 
 
 def _state(*states: str) -> dict:
@@ -36,9 +24,9 @@ def _vmap(**verdicts: str) -> dict:
         "set": [[state, {verdict: None}] for state, verdict in verdicts.items()]}}}
 
 
-def _nft(policy: str, *rules: list, other: tuple = (), flags: str = "") -> str:
-    chain = {"family": "inet", "table": "f", "name": "forward", "hook": "forward",
-             "policy": policy}
+def _nft(policy: str, *rules: list, other: tuple = (), flags: str = "") -> list[dict]:
+    chain = {"family": "inet", "table": "f", "name": "forward", "type": "filter",
+             "hook": "forward", "policy": policy}
     table = {"family": "inet", "name": "f"} | ({"flags": flags} if flags else {})
     items: list[dict] = [{"metainfo": {}}, {"table": table}, {"chain": chain},
                          {"chain": {"family": "inet", "table": "f", "name": "other"}}]
@@ -46,14 +34,14 @@ def _nft(policy: str, *rules: list, other: tuple = (), flags: str = "") -> str:
                         "expr": rule}}
               for number, (name, rule) in enumerate(
                   [("forward", rule) for rule in rules] + [("other", rule) for rule in other], 1)]
-    return json.dumps({"nftables": items})
+    return items
 
 
 _ACCEPT: list = [{"accept": None}]
 _DROP: list = [{"drop": None}]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
+@pytest.mark.parametrize(("objects", "expected"), [
     (_nft("accept"), None),
     (_nft("drop"), "add rule inet f forward"),
     (_nft("drop", [_TCP, _DNAT, *_ACCEPT]), None),
@@ -72,17 +60,15 @@ _DROP: list = [{"drop": None}]
     (_nft("drop", [{"jump": {"target": "forward"}}]), "add rule"),
     (_nft("drop", [{"xt": None}, *_ACCEPT]), "add rule"),
 ])
-def test_nftables(program, text, expected):
-    chain, = program.parse_nft(text)
-    dropped, rule = program.judge(chain)
-    assert dropped == (expected is not None)
-    if expected:
-        assert expected in program.command_for(chain, rule)[1]
+def test_nftables(objects, expected):
+    stopped = opening.flows_stopped(nft.chains(objects))
+    assert [expected in opening.to_let_flows_pass(each)[1] for each in stopped] == [True] * bool(
+        expected)
 
 
 @pytest.mark.parametrize(("text", "expected"), [
     ("-P FORWARD ACCEPT", None),
-    ("-P FORWARD DROP", "-A FORWARD -p tcp"),
+    ("-P FORWARD DROP", "-A FORWARD -m comment"),
     ("-P FORWARD DROP\n-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", "-A"),
     ("-P FORWARD DROP\n-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT", None),
     ("-P FORWARD DROP\n-A FORWARD -p tcp -m conntrack --ctstate DNAT -m comment "
@@ -98,16 +84,38 @@ def test_nftables(program, text, expected):
      "-I FORWARD 2"),
     ("-P FORWARD ACCEPT\n-N X\n-A FORWARD -g X\n-A FORWARD -j DROP\n-A X -p udp -j DROP", None),
 ])
-def test_iptables(program, text, expected):
-    chain, = program.parse_iptables(text, "iptables-nft")
-    dropped, rule = program.judge(chain)
-    assert dropped == (expected is not None)
-    if expected:
-        assert expected in " ".join(program.command_for(chain, rule))
+def test_iptables(text, expected):
+    stopped = opening.flows_stopped(legacy.chains(text, "iptables-nft"))
+    assert [expected in " ".join(opening.to_let_flows_pass(each)) for each in stopped] == [
+        True] * bool(expected)
 
 
-def test_a_table_that_nobody_else_may_change(program, monkeypatch):
-    chains = program.parse_nft(_nft("drop", flags="owner"))
-    monkeypatch.setattr(program, "chains", lambda: chains)
-    with pytest.raises(program.FirewallError, match="StrictForwardPorts"):
-        program.open_all(lambda command: None)
+def test_a_line_that_cannot_be_read_has_its_number():
+    stopped, = opening.flows_stopped(legacy.chains(
+        '-P FORWARD ACCEPT\n-A FORWARD -m comment --comment "two\nlines" -j ACCEPT\n'
+        "-A FORWARD -j DROP", "iptables-legacy"))
+    assert "-I FORWARD 2" in " ".join(opening.to_let_flows_pass(stopped))
+
+
+def test_a_table_that_nobody_else_may_change(monkeypatch):
+    chains = nft.chains(_nft("drop", flags="owner"))
+    monkeypatch.setattr(look, "chains", lambda **_: (chains, []))
+    with pytest.raises(UserError) as raised:
+        flows.open_way(only_say=True)
+    assert "StrictForwardPorts" in str(raised.value)
+
+
+def test_what_the_owner_had_is_not_ours():
+    ours, theirs, old = ("a", "ours"), ("b", "theirs"), ("c", "of before")
+    assert opening.changes({"ufw": [old]}, {"ufw": [ours, theirs]}, {"ufw": [ours]}) == (
+        {"ufw": [old]}, {"ufw": [ours]})
+
+
+def test_a_rule_of_ours_is_found_again_and_does_not_count():
+    chain = {"chain": {"family": "ip", "table": "t", "name": "i", "type": "filter",
+                       "hook": "input", "policy": "drop"}}
+    rule, = opening.for_requests(nft.chains([chain]), 7, [IPv4Network("192.0.2.0/24")])
+    added = {"rule": {"family": "ip", "table": "t", "chain": "i", "handle": 5,
+                      "comment": rule[1].split('"')[1], "expr": _ACCEPT}}
+    assert opening.handles([chain, added], rule) == ["5"]
+    assert opening.without_ours([chain, added]) == [chain]
