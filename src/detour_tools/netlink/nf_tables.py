@@ -10,6 +10,7 @@ import errno
 import hashlib
 import socket
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 
 from detour_tools.netlink import codec
@@ -99,12 +100,14 @@ class NfTables(NetlinkSocket):
         found = codec.attributes(answers[0].payload[4:])
         return int.from_bytes(found[_NFTA_GEN_ID], "big")
 
-    def elements(self, table: str, name: str) -> Iterator[Element]:
+    def elements(self, table: str, name: str) -> list[Element]:
         """The elements of an IPv4 table's set or map. Raises OSError."""
         question = _NFGENMSG_IPV4 + _text(_TABLE, table) + _text(_NFTA_SET_ELEM_LIST_SET, name)
+        elements: list[Element] = []
         for buffer, start, end in self.dump(_GETSETELEM, question):
             found = codec.attributes(bytes(buffer[start + _MESSAGE + len(_NFGENMSG_IPV4):end]))
-            yield from _read_elements(found.get(_NFTA_SET_ELEM_LIST_ELEMENTS, b""))
+            elements += _read_elements(found.get(_NFTA_SET_ELEM_LIST_ELEMENTS, b""))
+        return elements
 
     def change(self, table: str, remove: dict[str, Sequence[Element]],
                add: dict[str, Sequence[Element]]) -> None:
@@ -206,22 +209,19 @@ def _element_messages(kind: int, flags: int, table: str, sets: dict[str, Sequenc
                 + codec.nested(_NFTA_SET_ELEM_LIST_ELEMENTS, listed))
 
 
-def _read_elements(listed: bytes) -> Iterator[Element]:
+def _read_elements(listed: bytes) -> list[Element]:
     if not listed:
-        return
-    first = next(_read_slowly(listed))
+        return []
+    first = next(_read_slowly(listed[:int.from_bytes(listed[:2], sys.byteorder)]))
     head, middle = _template(first)
     key, data = map(len, first)
     usual = struct.Struct(f"{len(head)}s{key}s{len(middle)}s{data}s")
-    if len(listed) % usual.size:  # an element with more to it: a comment, a time-out
-        yield from _read_slowly(listed)
-        return
-    found = list(usual.iter_unpack(listed))
-    if all(each[0] == head and each[2] == middle for each in found):
-        for _, key_bytes, _, data_bytes in found:
-            yield key_bytes, data_bytes
-    else:
-        yield from _read_slowly(listed)
+    if len(listed) % usual.size == 0:
+        found = [(key_bytes, data_bytes) for before, key_bytes, between, data_bytes
+                 in usual.iter_unpack(listed) if before == head and between == middle]
+        if len(found) * usual.size == len(listed):
+            return found
+    return list(_read_slowly(listed))  # there is an element with more to it: a comment, a time-out
 
 
 def _read_slowly(listed: bytes) -> Iterator[Element]:

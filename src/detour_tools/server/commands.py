@@ -17,7 +17,7 @@ from detour_tools.server.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
-_PAGE = 1000
+_PAGE = 2000
 
 
 class Commands:

@@ -7,6 +7,7 @@ state without bound for a source.
 """
 
 import enum
+from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,18 +84,26 @@ class HostAddresses:
 class NetworkSet:
     """Networks, to ask whether an address is in one of them.
 
-    On integers: ``address in network`` costs a microsecond each, on every request.
+    As ranges in their order: ``address in network`` costs a microsecond each, on every request,
+    and for every mapping after a reload.
     """
 
     def __init__(self, networks: Iterable[Network]) -> None:
-        self._by_version: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
-        for network in networks:
-            self._by_version[network.version].append(
-                (int(network.netmask), int(network.network_address)))
+        self._ranges: dict[int, tuple[list[int], list[int]]] = {4: ([], []), 6: ([], [])}
+        for network in sorted(networks, key=lambda each: (each.version, int(each[0]))):
+            firsts, lasts = self._ranges[network.version]
+            first, last = int(network[0]), int(network[-1])
+            if lasts and first <= lasts[-1]:  # networks are apart, or one is within the other
+                lasts[-1] = max(lasts[-1], last)
+            else:
+                firsts.append(first)
+                lasts.append(last)
 
     def __contains__(self, address: IPAddress) -> bool:
         number = int(address)
-        return any(number & mask == base for mask, base in self._by_version[address.version])
+        firsts, lasts = self._ranges[address.version]
+        place = bisect_right(firsts, number)
+        return place > 0 and number <= lasts[place - 1]
 
 
 def _networks(texts: Iterable[str]) -> NetworkSet:

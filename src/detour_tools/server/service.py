@@ -20,6 +20,7 @@ from detour_tools.nat.base import NatError, Terms
 from detour_tools.printer import Printer
 from detour_tools.server.commands import Commands
 from detour_tools.server.forwarding import FORWARDING, ForwardingSwitch
+from detour_tools.server.garbage import no_collections
 from detour_tools.server.keeper import Keeper
 from detour_tools.server.listening import ListeningPorts
 from detour_tools.server.policy import Policy
@@ -106,7 +107,8 @@ class Server:
             self._router = switch.on()
             printer.print(f"{FORWARDING} = 1\n")
             try:
-                await self._keeper.start(self._settings.backend, self._terms())
+                with no_collections():
+                    await self._keeper.start(self._settings.backend, self._terms())
             except NatError as error:
                 raise UserError(f"the kernel does not take our rules: {error}") from None
             await self._upkeep.start()
