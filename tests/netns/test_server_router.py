@@ -23,15 +23,12 @@ def neighbour(lab: Lab) -> Host:
 
 
 def gets_through(host: Host) -> bool:
-    """Whether TCP and ICMP reach the server, which is reached through the detour only."""
-    ping = host.run(["ping", "-c1", "-W1", "10.0.3.2"], check=False).returncode == 0
+    """Whether TCP reaches the server, which is reached through the detour only."""
     try:
         Flow(host, "10.0.3.2", 80, timeout=1.0).close()
-        tcp = True
     except TimeoutError:
-        tcp = False
-    assert tcp == ping
-    return tcp
+        return False
+    return True
 
 
 def test_a_neighbour_gets_nothing_through(lab: Lab, serve: Serve, neighbour: Host, asker: Asker):
