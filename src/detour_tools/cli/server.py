@@ -175,9 +175,9 @@ def _list(arguments: argparse.Namespace) -> None:
         return
     # Not a Rich table: it would take a minute for 100,000 rows.
     print(f"{'CLIENT':<16} {'DETOUR PORT':>11}  {'REMOTE':<22} {'UNUSED':>8}")
-    for mapping in mappings:
-        print(f"{mapping['client']:<16} {mapping['detour_port']:>11}  {mapping['remote']:<22} "
-              f"{mapping['unused_s']:>6.0f} s")
+    print("\n".join(
+        f"{each['client']:<16} {each['detour_port']:>11}  {each['remote']:<22} "
+        f"{each['unused_s']:>6.0f} s" for each in mappings))
 
 
 def _all_mappings() -> list[dict[str, Any]]:

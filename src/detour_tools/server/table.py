@@ -85,7 +85,8 @@ class MappingTable:
     def __init__(self, random: Random) -> None:
         self._random = random
         self._serials = itertools.count(1)
-        self._by_remote: dict[tuple[IPAddress, Endpoint], Entry] = {}  # in order of serial
+        # In order of serial. By bytes, as an address takes longer to hash than all the rest.
+        self._by_remote: dict[bytes, Entry] = {}
         self._clients: dict[IPAddress, _Client] = {}
         self._proven: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
         self.unproven = Unproven()
@@ -105,7 +106,7 @@ class MappingTable:
 
     def find(self, client: IPAddress, remote: Endpoint) -> Entry | None:
         """The client's mapping to the remote."""
-        return self._by_remote.get((client, remote))
+        return self._by_remote.get(_pair(flow_key(Mapping(client, 0, remote))))
 
     def holds(self, entry: Entry) -> bool:
         """Whether the entry is (still) in the table."""
@@ -126,7 +127,7 @@ class MappingTable:
         ``forbidden`` says which ports the detour must not give away, to anybody.
         Raises NoFreePortError, and changes nothing then.
         """
-        found = self._by_remote.get((client, remote))
+        found = self._by_remote.get(_pair(flow_key(Mapping(client, 0, remote))))
         if found is not None:
             self.touch(found, now)
             return Decision(Outcome.EXISTING, found)
@@ -146,15 +147,15 @@ class MappingTable:
         """Take over a mapping that stands already; None when it contradicts another."""
         client, port, remote = mapping
         state = self._clients.get(client) or _Client()
-        if (client, remote) in self._by_remote or port in state.ports:
+        if port in state.ports or self.find(client, remote) is not None:
             return None
         state.take(port)
         return self._insert(state, mapping, now)
 
     def remove(self, entry: Entry) -> None:
         """Forget a mapping that is in the table."""
-        client, port, remote = entry.mapping
-        del self._by_remote[client, remote]
+        client, port, _ = entry.mapping
+        del self._by_remote[_pair(entry.key)]
         if entry.proven:
             del self._proven[entry.serial]
         else:
@@ -198,7 +199,7 @@ class MappingTable:
         entry = Entry(mapping, flow_key(mapping), next(self._serials), now)
         self._clients[mapping.client] = state
         state.ports[mapping.detour_port] = entry
-        self._by_remote[mapping.client, mapping.remote] = entry
+        self._by_remote[_pair(entry.key)] = entry
         self.unproven.add(entry)
         return entry
 
@@ -214,3 +215,8 @@ class MappingTable:
                 for each in passed_over:
                     pool.put_back(each)
         raise NoFreePortError
+
+
+def _pair(key: bytes) -> bytes:
+    """Client and remote of a mapping's key."""
+    return key[:4] + key[6:]
