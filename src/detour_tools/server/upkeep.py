@@ -27,6 +27,8 @@ _PRESSED_PROVING_SECONDS = 4.0
 # time. It may take one part in so many of it, and more only where room is scarce.
 _LOOKING_SHARE = 200
 _PRESSED_LOOKING_SHARE = 20
+# The first look, which proves all, takes longer than the others; and what is due must go some day.
+_LONGEST_BETWEEN_LOOKS = 120.0
 # Requests wait for so many at most: a few milliseconds.
 _ENTRIES_A_TURN = 1000
 
@@ -117,7 +119,8 @@ class Upkeep:
 
     def _may_look(self, *, pressed: bool) -> bool:
         share = _PRESSED_LOOKING_SHARE if pressed else _LOOKING_SHARE
-        return time.monotonic() - self._looked_at >= share * self._look_took
+        return time.monotonic() - self._looked_at >= min(share * self._look_took,
+                                                         _LONGEST_BETWEEN_LOOKS)
 
     async def look_before_making_room(self) -> None:
         """See that what has a flow by now makes no room, if the last look was not just before."""
