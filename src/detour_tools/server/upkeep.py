@@ -24,11 +24,11 @@ _SWEEP_SECONDS = 15.0
 _PROVING_SECONDS = 60.0
 _PRESSED_PROVING_SECONDS = 4.0
 # A look at the flows makes the kernel list them all: with 100,000 it takes 0.4 s of processor
-# time. It may take one part in so many of it, and more only where room is scarce.
-_LOOKING_SHARE = 200
-_PRESSED_LOOKING_SHARE = 20
-# The first look, which proves all, takes longer than the others; and what is due must go some day.
-_LONGEST_BETWEEN_LOOKS = 120.0
+# time. It may take one part in so many of it, and more only where room is scarce or somebody asks.
+# But no longer than so many seconds lie between two: what is due must go some day, and in a flood
+# what has a flow by now must be known before its turn.
+_LOOKING = (200, 120.0)
+_PRESSED_LOOKING = (20, 8.0)
 # Requests wait for so many at most: a few milliseconds.
 _ENTRIES_A_TURN = 1000
 
@@ -103,7 +103,12 @@ class Upkeep:
             log.info("removed %d mappings %s", len(removed), why)
 
     async def note_flows(self) -> None:
-        """Note which mappings have flows, as used now. Raises OSError."""
+        """Note which mappings have flows, unless that was done just now. Raises OSError."""
+        if self._may_look(pressed=True):
+            await self._look()
+
+    async def _look(self) -> None:
+        began, self._looked_at = time.process_time(), time.monotonic()
         live = await self._keeper.live()
         table = self._keeper.table
         async for some in _in_turns(list(table.entries())):
@@ -111,16 +116,11 @@ class Upkeep:
             for entry in some:
                 if entry.key in live and table.holds(entry):
                     table.prove(entry, now)
-
-    async def _look(self) -> None:
-        began, self._looked_at = time.process_time(), time.monotonic()
-        await self.note_flows()
         self._look_took = time.process_time() - began
 
     def _may_look(self, *, pressed: bool) -> bool:
-        share = _PRESSED_LOOKING_SHARE if pressed else _LOOKING_SHARE
-        return time.monotonic() - self._looked_at >= min(share * self._look_took,
-                                                         _LONGEST_BETWEEN_LOOKS)
+        share, longest = _PRESSED_LOOKING if pressed else _LOOKING
+        return time.monotonic() - self._looked_at >= min(share * self._look_took, longest)
 
     async def look_before_making_room(self) -> None:
         """See that what has a flow by now makes no room, if the last look was not just before."""
