@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The host's IPv4 forwarding switch, while a server needs it on."""
 
+import logging
 import os
 
-from detour_tools import runtime
+from detour_tools import runtime, sysctl
+from detour_tools.errors import UserError
 from detour_tools.sysctl import BorrowedSysctls
 
 FORWARDING = "net.ipv4.ip_forward"
 
 _PER_INTERFACE = "/proc/sys/net/ipv4/conf"
+# Who switches it off so many times in so many seconds means it.
+_TIMES = 3
+_WITHIN_SECONDS = 60.0
+# How long the status tells that it was switched off.
+_TOLD_SECONDS = 600.0
+
+log = logging.getLogger(__name__)
 
 
 class ForwardingSwitch:
@@ -16,6 +25,9 @@ class ForwardingSwitch:
 
     def __init__(self, program: str) -> None:
         self._sysctls = BorrowedSysctls(runtime.directory(program) / f"{program}.sysctls")
+        # When it was switched on again, seconds of the monotonic clock.
+        self._again: list[float] = []
+        self._given_up = False
 
     def on(self) -> bool:
         """Switch it on, remembering what was; raises UserError.
@@ -28,6 +40,45 @@ class ForwardingSwitch:
             if name != "all"} | {"net/ipv4/conf/all/accept_redirects": "1"})
         return self._sysctls.found(FORWARDING) in (None, "1")
 
+    def tend(self, now: float) -> list[str]:
+        """Switch it on again if somebody else has switched it off; what there is to warn of.
+
+        ``now`` is in seconds of the monotonic clock. Nothing is raised.
+        """
+        if sysctl.read(FORWARDING) == "1":
+            self._given_up = False
+            told = [f"somebody else switched {FORWARDING} off while this server ran, which "
+                    "switched it on again"]
+            return [*(told if self._again and now - self._again[-1] < _TOLD_SECONDS else ()),
+                    *map(_off, _interfaces_off())]
+        self._again = self._again[-_TIMES:]
+        often = [at for at in self._again if now - at < _WITHIN_SECONDS]
+        if self._given_up or len(often) >= _TIMES:
+            self._given_up = True
+            return [f"somebody else switches {FORWARDING} off again and again: it is left off, "
+                    f"and no flow is detoured; end that, then: sysctl -w {FORWARDING}=1"]
+        try:
+            self.on()
+        except (UserError, OSError) as error:
+            return [f"somebody else switched {FORWARDING} off, and it cannot be switched on "
+                    f"again: {error}"]
+        self._again.append(now)
+        log.warning("%s was switched off by somebody else: switched on again", FORWARDING)
+        return self.tend(now) if sysctl.read(FORWARDING) == "1" else []
+
     def put_back(self) -> None:
         """Leave it as it was found, unless somebody else has changed it since."""
         self._sysctls.restore()
+
+
+def _interfaces_off() -> list[str]:
+    """The interfaces that do not forward what they receive."""
+    return sorted(name for name in os.listdir(_PER_INTERFACE)
+                  if name not in ("all", "default", "lo")
+                  and sysctl.read(f"net/ipv4/conf/{name}/forwarding") == "0")
+
+
+def _off(interface: str) -> str:
+    setting = f"net/ipv4/conf/{interface}/forwarding"
+    return (f"{setting} is 0: what comes in on {interface} is not detoured; "
+            f"mend it with: sysctl -w {setting}=1")

@@ -52,11 +52,12 @@ class Server:
         self._router = True
         self._warnings = Warnings()
         self._requests: Requests | None = None
+        self._switch: ForwardingSwitch | None = None
         firewall = FirewallWatch(parse_endpoint(settings.listen, mproxy.PORT).port,
                                  lambda: self._settings.allow_client or (), self._warnings)
         self._listening = ListeningPorts()
         self._upkeep = Upkeep(self._keeper, self._policy, self._listening, firewall,
-                              lambda: self._counters().received)
+                              lambda: self._counters().received, self._tend_forwarding)
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM. Raises UserError."""
@@ -102,7 +103,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _rules(self, printer: Printer) -> AsyncIterator[None]:
-        switch = ForwardingSwitch(PROGRAM)
+        self._switch = switch = ForwardingSwitch(PROGRAM)
         try:
             self._router = switch.on()
             printer.print(f"{FORWARDING} = 1\n")
@@ -116,6 +117,10 @@ class Server:
         finally:
             await self._keeper.stop()
             switch.put_back()
+
+    def _tend_forwarding(self) -> None:
+        if self._switch is not None:
+            self._warnings.put("forwarding", self._switch.tend(time.monotonic()))
 
     def _terms(self) -> Terms:
         return self._settings.terms(router=self._router)

@@ -34,10 +34,15 @@ _ENTRIES_A_TURN = 1000
 
 
 class Upkeep:
-    """The server's periodic work. ``received`` tells how many datagrams came since the start."""
+    """The server's periodic work.
+
+    ``received`` tells how many datagrams came since the start; ``tend`` looks after the forwarding
+    switch.
+    """
 
     def __init__(self, keeper: Keeper, policy: Policy, listening: ListeningPorts,
-                 firewall: FirewallWatch, received: Callable[[], int]) -> None:
+                 firewall: FirewallWatch, received: Callable[[], int],
+                 tend: Callable[[], None]) -> None:
         self.expired = 0
         self._keeper = keeper
         self._policy = policy
@@ -46,6 +51,7 @@ class Upkeep:
         self._looked_at = float("-inf")
         self._look_took = 0.0
         self._firewall = firewall
+        self._tend = tend
         self._received = received
         self._addresses: frozenset[InterfaceAddress] = frozenset()
         self._host = HostAddresses(frozenset(), NetworkSet(()))
@@ -62,6 +68,7 @@ class Upkeep:
         collector = QuietCollector(time.monotonic())
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
+            self._tend()
             await self._keeper.check()
             if self._see_addresses():
                 await self.remove_forbidden()

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The forwarding switch, between the server and others who want it off, or on."""
+
+import itertools
+
+from tests.netns import asking
+from tests.netns.asking import Flow, WhoAmI
+from tests.netns.conftest import PRIVATE
+
+
+def switch(host, setting, value):
+    host.run(["sysctl", "-qw", f"{setting}={value}"])
+
+
+def until(what, condition, timeout=10.0):
+    asking.in_time(what, (condition() for _ in itertools.count()), timeout=timeout)
+
+
+def is_on(host):
+    return asking.forwarding(host) == "1"
+
+
+def said(host, words):
+    return any(words in text for text in asking.status(host)["warnings"])
+
+
+def test_forwarding_that_somebody_switches_off_comes_back(lab, serve, asker):
+    detour = lab.host("detour")
+    WhoAmI(lab.host("server"), 80)
+    server = serve()
+    flow = Flow(lab.host("client"), detour.address, asker.ask("10.0.3.2:80", 80))
+    switch(detour, "net.ipv4.ip_forward", 0)
+    server.wait_line("ip_forward was switched off by somebody else: switched on again", 4)
+    until("forwarding", lambda: is_on(detour), 1.0)
+    assert flow.echo()
+    assert said(detour, "somebody else switched net.ipv4.ip_forward off")
+    assert asking.status(detour)["policy"]["router"] is False
+    assert server.stop() == 0
+    assert not is_on(detour), "what stood before the server is put back"
+
+
+def test_who_switches_it_off_again_and_again_has_his_way(lab, start_server):
+    detour = lab.host("detour")
+    server = start_server(detour, *PRIVATE)
+    for _ in range(3):
+        switch(detour, "net.ipv4.ip_forward", 0)
+        until("forwarding", lambda: is_on(detour), 5.0)
+    switch(detour, "net.ipv4.ip_forward", 0)
+    server.wait_line("off again and again: it is left off", 5)
+    assert not is_on(detour)
+    assert said(detour, "off again and again: it is left off")
+    switch(detour, "net.ipv4.ip_forward", 1)
+    server.wait_line("no longer so: .*again and again", 5)
+    assert server.stop() == 0
+
+
+def test_an_interface_that_does_not_forward_is_said(lab, start_server):
+    detour = lab.host("detour")
+    link = detour.run(["ip", "-o", "route", "get", "10.0.1.1"]).stdout.split()
+    setting = f"net/ipv4/conf/{link[link.index('dev') + 1]}/forwarding"
+    server = start_server(detour, *PRIVATE)
+    assert asking.status(detour)["warnings"] == []
+    switch(detour, setting, 0)
+    server.wait_line(f"{setting} is 0: what comes in on", 5)
+    assert said(detour, f"sysctl -w {setting}=1")
+    switch(detour, setting, 1)
+    server.wait_line("no longer so: ", 5)
+    assert asking.status(detour)["warnings"] == []
