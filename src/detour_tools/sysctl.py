@@ -3,11 +3,16 @@
 
 What stood there before is written to a journal first, so that a program that was killed finds
 it at its next start and puts the right value back in the end.
+
+A journal may lie where a daemon's user writes, and be read by root: only names and values that
+its program could have written there are taken from it, and no link is followed.
 """
 
 import json
 import logging
 import os
+import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,13 +20,21 @@ from detour_tools.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_ANY = re.compile(r"net[./][\w./-]+")
+_VALUE = re.compile(r"[A-Za-z0-9_-]{1,32}")
+_JOURNAL_BYTES = 16 << 20  # thousands of interfaces
+
 
 def path_of(name: str) -> Path:
     """The file of a sysctl such as ``net.ipv4.ip_forward``.
 
-    As for sysctl(8), parts may have slashes between them instead, and dots within then.
+    As for sysctl(8), parts may have slashes between them instead, and dots within then. Raises
+    UserError when a part is none of a name: what is named stays below /proc/sys.
     """
-    return Path("/proc/sys", *name.split("/" if "/" in name else "."))
+    parts = name.split("/" if "/" in name else ".")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise UserError(f"{name!r} is no name of a sysctl")
+    return Path("/proc/sys", *parts)
 
 
 def read(name: str) -> str | None:
@@ -46,20 +59,30 @@ def write(name: str, value: str) -> None:
 
 
 class BorrowedSysctls:
-    """Sysctls set for a while; ``journal`` is the file that remembers what to put back."""
+    """Sysctls set for a while; ``journal`` is the file that remembers what to put back.
 
-    def __init__(self, journal: Path) -> None:
+    ``names`` matches those that this program sets; others in the journal are not its own.
+    """
+
+    def __init__(self, journal: Path, names: re.Pattern[str] = _ANY) -> None:
         self._journal = journal
         # name -> (value found, value we set)
         self._borrowed: dict[str, tuple[str, str]] = {}
+        foreign = []
         try:
-            stored = json.loads(journal.read_text(encoding="utf-8"))
-            self._borrowed = {str(name): (str(was), str(ours))
-                              for name, (was, ours) in stored.items()}
+            for name, (was, ours) in json.loads(read_file(journal)).items():
+                if all(isinstance(each, str) and _VALUE.fullmatch(each) for each in (was, ours)) \
+                        and names.fullmatch(name) and _is_name(name):
+                    self._borrowed[name] = (was, ours)
+                else:
+                    foreign.append(name)
         except FileNotFoundError:
             pass
-        except (ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             log.warning("%s is damaged: what it remembered is lost", journal)
+        if foreign:
+            log.warning("%s names what this program never sets (%a and so on): that is left alone",
+                        journal, foreign[0][:80])
 
     def set(self, name: str, value: str, resets: Mapping[str, str] | None = None) -> None:
         """Set a sysctl, remembering what it was; raises UserError.
@@ -118,6 +141,35 @@ class BorrowedSysctls:
                 log.error("%s stays %s: %s", name, ours, error)
 
     def _save(self) -> None:
-        temporary = self._journal.with_suffix(".new")
-        temporary.write_text(json.dumps(self._borrowed), encoding="utf-8")
-        os.replace(temporary, self._journal)
+        write_file(self._journal, json.dumps(self._borrowed))
+
+
+def read_file(path: Path) -> str:
+    """The text of a regular file, which is no link. Raises OSError, ValueError."""
+    # A pipe put in its place must not make us wait.
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError(f"{path} is no regular file")
+        if len(text := file.read(_JOURNAL_BYTES)) == _JOURNAL_BYTES:
+            raise ValueError(f"{path} is too long")
+        return text
+
+
+def write_file(path: Path, text: str) -> None:
+    """Put a file of ours in the place of whatever lies there. Raises OSError."""
+    temporary = path.with_suffix(".new")
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
+                 0o644)
+    with open(fd, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def _is_name(name: str) -> bool:
+    try:
+        path_of(name)
+    except UserError:
+        return False
+    return True

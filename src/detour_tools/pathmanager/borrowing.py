@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What both path managers of the kernel have in common: sockets, and sysctls that are put back."""
 
+import re
 from collections.abc import Mapping
 
 from detour_tools import runtime, sysctl
@@ -11,6 +12,7 @@ from detour_tools.pathmanager.events import EventListener
 
 # One journal for all: whichever runs next puts back what a killed one borrowed.
 _PROGRAM = "detour-client"
+_NAMES = re.compile(r"net\.mptcp\.(path_manager|pm_type|detour_subflows|detour_upgrade_tcp)")
 
 
 def need_mptcp() -> None:
@@ -34,7 +36,7 @@ class BorrowingPathManager:
         self._events = events
         self._wanted = wanted
         self._sysctls = sysctl.BorrowedSysctls(
-            runtime.make_directory(_PROGRAM) / f"{_PROGRAM}.sysctls")
+            runtime.make_directory(_PROGRAM) / f"{_PROGRAM}.sysctls", _NAMES)
 
     def start(self) -> None:
         """Switch this network namespace's new sockets to this path manager."""

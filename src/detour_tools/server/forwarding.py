@@ -3,6 +3,7 @@
 
 import logging
 import os
+import re
 
 from detour_tools import runtime, sysctl
 from detour_tools.errors import UserError
@@ -11,6 +12,8 @@ from detour_tools.sysctl import BorrowedSysctls
 FORWARDING = "net.ipv4.ip_forward"
 
 _PER_INTERFACE = "/proc/sys/net/ipv4/conf"
+_NAMES = re.compile(r"net\.ipv4\.ip_forward|net/ipv4/conf/all/accept_redirects"
+                    r"|net/ipv4/conf/[^/]+/forwarding")
 # Who switches it off so many times in so many seconds means it.
 _TIMES = 3
 _WITHIN_SECONDS = 60.0
@@ -24,7 +27,7 @@ class ForwardingSwitch:
     """``net.ipv4.ip_forward``, and what the kernel changes along with it."""
 
     def __init__(self, program: str) -> None:
-        self._sysctls = BorrowedSysctls(runtime.directory(program) / f"{program}.sysctls")
+        self._sysctls = BorrowedSysctls(runtime.directory(program) / f"{program}.sysctls", _NAMES)
         # When it was switched on again, seconds of the monotonic clock.
         self._again: list[float] = []
         self._given_up = False
