@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from detour_tools import runtime
+from detour_tools.lab import namespaces
 from detour_tools.lab.network import Host, Lab
 from tests.netns.conftest import StartServer
 
@@ -102,3 +104,14 @@ def test_what_the_running_server_has_borrowed_waits_for_it(
     assert "#was net.ipv4.ip_forward = 0" in path.read_text(encoding="utf-8")
     server.stop()
     assert host.run(["cat", "/proc/sys/net/ipv4/ip_forward"]).stdout == "0\n"
+
+
+def test_a_journal_adds_no_line_to_what_root_sets_at_boot(
+        host: Host, module: Module, start_server: StartServer, tmp_path: Path) -> None:
+    path = tmp_path / "90-ours.conf"
+    start_server(host).kill()
+    with namespaces.inside(host.namespace):
+        journal = runtime.directory("detour-server") / "detour-server.sysctls"
+    journal.write_text('{"net.ipv4.ip_forward": ["0\\nkernel.core_pattern = |/tmp/x", "1"]}')
+    module(_SYSCTLS, path=str(path), values={"net.ipv4.ip_forward": 0})
+    assert "core_pattern" not in path.read_text(encoding="utf-8")

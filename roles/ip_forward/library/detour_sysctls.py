@@ -127,8 +127,10 @@ def borrowed() -> dict[str, tuple[str, str]]:
     for journal in Path("/run/detour-tools").glob(
             f"**/netns-{struct.unpack('=Q', raw)[0]}/*.sysctls"):
         try:
+            # A daemon's user may write it, and what it says goes into a file of root's.
             found |= {name.replace("/", "."): (was, ours) for name, (was, ours)
-                      in json.loads(journal.read_text(encoding="utf-8")).items()}
+                      in json.loads(journal.read_text(encoding="utf-8")).items()
+                      if re.fullmatch(r"[A-Za-z0-9_-]{1,32}", was) and isinstance(ours, str)}
         except (OSError, ValueError, AttributeError, TypeError):
             continue
     return {name: (was, ours) for name, (was, ours) in found.items() if read(name) == ours}
