@@ -9,10 +9,12 @@ mistaken for our own. ``/run`` is emptied at boot, and so are sysctls and firewa
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 import socket
+import stat
 import struct
 from pathlib import Path
 
@@ -45,12 +47,31 @@ def make_directory(program: str) -> Path:
     path = directory(program)
     while True:
         try:
-            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            for each in (ROOT, path.parent, path):
+                # Each with its mode: what the umask allows is not what is trusted.
+                with contextlib.suppress(FileExistsError):
+                    each.mkdir(mode=0o755)
+                _check_directory(each)
         except FileNotFoundError:  # another one has just removed a parent that was empty
             continue
         except PermissionError as error:
             raise UserError(f"cannot write to {path.parent}", "run it as root") from error
         return path
+
+
+def _check_directory(path: Path) -> None:
+    """Raise UserError unless nobody but root and we ourselves decide what lies in a folder.
+
+    Its parent has been checked. Raises FileNotFoundError.
+    """
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{path} is no folder", "nothing was written; find out who put it there")
+    if found.st_uid not in (0, os.geteuid()):
+        raise UserError(f"{path} belongs to user {found.st_uid}",
+                        f"run it as that user, or stop what uses it, then: rm -r {path}")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(f"others may write to {path}", f"chmod go-w {path}")
 
 
 def remove_directories() -> None:
@@ -89,11 +110,20 @@ class InstanceLock:
         while True:
             self._path = make_directory(program) / f"{program}.lock"
             try:
-                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+                                   | os.O_NOFOLLOW, 0o600)
             except FileNotFoundError:  # its holder removed the folder just now
                 continue
             except PermissionError:
                 raise UserError(f"may not write {self._path}", "it is another user's") from None
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.EISDIR):
+                    raise
+                raise _no_lock(self._path) from None
+            found = os.fstat(self._fd)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                os.close(self._fd)
+                raise _no_lock(self._path)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -113,3 +143,7 @@ class InstanceLock:
         os.close(self._fd)
         _remove_if_empty(self._path.parent)
         _remove_if_empty(self._path.parent.parent)
+
+
+def _no_lock(path: Path) -> UserError:
+    return UserError(f"{path} is no file of ours", "find out who put it there, then remove it")

@@ -3,6 +3,8 @@
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,68 @@ def test_a_journal_that_is_a_pipe_keeps_nobody_waiting(tmp_path):
 def test_what_is_no_name_of_a_sysctl_is_refused(name):
     with pytest.raises(UserError, match="no name of a sysctl"):
         sysctl.path_of(name)
+
+
+PROGRAM = f"trust-{os.getpid()}"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    made = runtime.make_directory(PROGRAM)
+    yield made
+    if made.parent.is_symlink():
+        made.parent.unlink()
+    shutil.rmtree(made.parent, ignore_errors=True)
+
+
+def refused(words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        runtime.InstanceLock(PROGRAM)
+
+
+def test_a_folder_of_another_user_is_not_used(folder):
+    os.chown(folder, 65534, -1)
+    refused("netns-.* belongs to user 65534")
+    os.chown(folder, 0, -1)
+    os.chown(folder.parent, 65534, -1)
+    refused(f"{PROGRAM} belongs to user 65534")
+    os.chown(folder, 65534, -1)
+    os.seteuid(65534)  # as a unit with User= and RuntimeDirectory=
+    try:
+        runtime.InstanceLock(PROGRAM).release()
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("level", ["netns", "program"])
+def test_a_folder_that_others_may_write_is_not_used(folder, level):
+    (folder if level == "netns" else folder.parent).chmod(0o775)
+    refused("others may write to")
+
+
+@pytest.mark.parametrize("level", ["netns", "program"])
+def test_a_folder_that_is_a_link_is_not_used(folder, level, tmp_path):
+    path = folder if level == "netns" else folder.parent
+    shutil.rmtree(path)
+    (tmp_path / "elsewhere").mkdir()
+    path.symlink_to(tmp_path / "elsewhere")
+    refused("is no folder")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [os.symlink, os.link])
+def test_a_lock_that_is_a_link_is_neither_emptied_nor_made(folder, how, tmp_path):
+    precious = folder / "precious"
+    precious.write_text("precious")
+    how(precious, folder / f"{PROGRAM}.lock")
+    refused("is no file of ours")
+    assert precious.read_text() == "precious"
+
+
+def test_a_wide_umask_makes_no_folder_that_others_may_write(folder):
+    shutil.rmtree(folder.parent)
+    before = os.umask(0)
+    try:
+        runtime.InstanceLock(PROGRAM).release()
+    finally:
+        os.umask(before)

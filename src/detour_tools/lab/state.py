@@ -115,7 +115,8 @@ def _take(name: str, *, wait: bool) -> int:
     while True:
         try:
             runtime.ROOT.mkdir(mode=0o755, parents=True, exist_ok=True)
-            fd = os.open(lock_path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = os.open(lock_path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+                         0o644)
         except FileNotFoundError:  # the folder went in between
             continue
         try:
