@@ -7,15 +7,17 @@ named, one group. A request is ``{"command": NAME, ...}``; the answer ``{"result
 """
 
 import asyncio
+import contextlib
 import grp
 import json
 import logging
 import os
 import re
 import socket
+import stat
 import struct
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,9 @@ _CONNECTIONS = 16
 _ANSWER_LIMIT = 16 << 20
 # struct ucred: pid, uid, gid (unix(7), SO_PEERCRED)
 _UCRED = struct.Struct("=iII")
-# C0, DEL, C1 and what turns the direction of writing: a terminal obeys them.
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# C0, DEL, C1 and what turns the direction of writing: a terminal obeys them. Half of a pair of
+# UTF-16 cannot be written at all.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _UNITS = Path("/etc/systemd/system")
 
 
@@ -157,22 +160,42 @@ def call(program: str, command: str, **arguments: Any) -> Any:
         try:
             connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             answer = json.loads(_read_line(connection) or b"{}")
+            escaped = _escaped(answer)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{program} did not answer: {_escaped(str(error))}") from None
-    if not isinstance(answer, dict):
-        raise UserError(f"{program} gave an answer that is none")
-    if "error" in answer:
-        raise UserError(_escaped(str(answer["error"])))
-    if "result" not in answer:
+    if not isinstance(escaped, dict):
+        raise _no_answer(program)
+    if "error" in escaped:
+        raise UserError(str(escaped["error"]))
+    if "result" not in escaped:
         raise UserError(f"{program} ended while it was asked")
-    return _escaped(answer["result"])
+    return escaped["result"]
+
+
+@contextlib.contextmanager
+def understood(program: str) -> Iterator[None]:
+    """What is made of a result of call() here raises UserError if that lacks what it should have.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        raise _no_answer(program) from None
+
+
+def _no_answer(program: str) -> UserError:
+    return UserError(f"{program} gave an answer that is none",
+                     "it may be of another version: restart it")
 
 
 def _check_peer(connection: socket.socket, path: Path) -> None:
     """Raise UserError unless root, we ourselves or the folder's owner answer."""
     _, uid, _ = _UCRED.unpack(connection.getsockopt(
         socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    if uid not in (0, os.geteuid(), path.parent.stat().st_uid):
+    folder = path.parent.lstat()
+    if not stat.S_ISDIR(folder.st_mode):
+        raise UserError(f"{path.parent} is no folder",
+                        "nothing was asked; find out who put it there")
+    if uid not in (0, os.geteuid(), folder.st_uid):
         raise UserError(f"user {uid} answers at {path}, whose folder is another's",
                         "nothing was asked; find out how that came about")
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 from detour_tools import control, runtime
 from detour_tools.errors import UserError
 from detour_tools.lab import namespaces
+from detour_tools.lab.network import Host
 from tests.netns import asking
 
 PROGRAM = f"impostor-{os.getpid()}"
@@ -124,3 +126,70 @@ def test_silent_connections_leave_room_for_others(lab, start_server):
         asking.in_time("a refusal", (refused() for _ in itertools.count()))
         asking.in_time("an answer", (status() == "" for _ in itertools.count()), timeout=30.0)
     assert "Traceback" not in server.output
+
+
+@pytest.fixture
+def stand_in(lab, start):
+    """A program of ours on the lab's detour that answers so: ``stand_in(program, answer)``."""
+    def run(program: str, answer: str) -> Host:
+        host = lab.host("detour")
+        code = f"""
+import asyncio, sys
+from detour_tools import control
+async def main():
+    server = control.ControlServer({program!r}, {{}}, None)
+    server._answer = answer
+    await server.start()
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+async def answer(line):
+    return control.json.loads({answer!r})
+asyncio.run(main())
+"""
+        start(host, [sys.executable, "-c", code]).wait_line("ready")
+        return host
+    return run
+
+
+@pytest.mark.parametrize(("command", "answer"), [
+    ("detour-server status", '{"result": {}}'),
+    ("detour-server status", '{"result": [1]}'),
+    ("detour-server status", '{"result": {"listen": 1, "surprise": 2}}'),
+    ("detour-server list", '{"result": {"mappings": []}}'),
+    ("detour-server list --json", '{"result": {"mappings": [{}], "next": 0}}'),
+    ("detour-server list --json", '{"result": {"mappings": "abc", "next": null}}'),
+    ("detour-server list", '{"result": {"mappings": [{"client": "10.0.0.1"}], "next": null}}'),
+    ("detour-server flush", '{"result": {}}'),
+    ("detour-server flush", '{"result": 7}'),
+    ("detour-client status", '{"result": {}}'),
+    ("detour-client status", '{"result": {"counters": {}, "path_manager": 1, "detours": [{}], '
+                             '"connections": []}}'),
+])
+def test_an_answer_that_lacks_something_is_one_line(stand_in, command, answer):
+    done = stand_in(command.split()[0], answer).run(command.split(), check=False, timeout=20)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.endswith(
+        "gave an answer that is none (it may be of another version: restart it)"), line
+
+
+def test_check_says_that_the_daemon_gave_no_answer(stand_in):
+    done = stand_in("detour-client", '{"result": {}}').run(["detour-client", "check"], check=False)
+    assert "Traceback" not in done.stderr
+    assert "daemon: detour-client gave an answer that is none" in done.stdout
+
+
+def test_half_a_character_can_be_printed(stand_in):
+    answer = '{"result": {"flushed": "\\ud800"}}'
+    done = stand_in("detour-server", answer).run(["detour-server", "flush"], check=False)
+    assert (done.stdout, done.stderr) == ("flushed \\ud800 mappings\n", "")
+
+
+def test_a_folder_that_is_a_link_is_not_asked(impostor: Impostor, tmp_path):
+    folder = control.socket_path(PROGRAM).parent
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    impostor(lambda connection: connection.sendall(b'{"result": 1}\n'))
+    with pytest.raises(UserError, match="is no folder"):
+        control.call(PROGRAM, "status")

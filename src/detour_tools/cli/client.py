@@ -10,7 +10,7 @@ try:
     from pathlib import Path
     from typing import NoReturn
 
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.live import Live
 
     from detour_tools import config, control, log, mproxy
@@ -181,15 +181,21 @@ def _status(arguments: argparse.Namespace) -> None:
     if not console.is_terminal:
         console.width = 200  # piped: let no column be cut
     if arguments.watch and console.is_terminal:
-        with Live(render(control.call(PROGRAM, "status")), auto_refresh=False) as live:
+        with Live(_shown(), auto_refresh=False) as live:
             while True:
                 time.sleep(1)
-                live.update(render(control.call(PROGRAM, "status")), refresh=True)
+                live.update(_shown(), refresh=True)
     else:
-        console.print(render(control.call(PROGRAM, "status")))
+        console.print(_shown())
         while arguments.watch:
             time.sleep(1)
-            console.print(render(control.call(PROGRAM, "status")))
+            console.print(_shown())
+
+
+def _shown() -> RenderableType:
+    found = control.call(PROGRAM, "status")
+    with control.understood(PROGRAM):
+        return render(found)
 
 
 def _run(arguments: argparse.Namespace) -> NoReturn:

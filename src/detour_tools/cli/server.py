@@ -160,8 +160,9 @@ def _status(arguments: argparse.Namespace) -> None:
         common.print_json(found)
         return
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in Status.from_json(found).rows():
-        table.add_row(name, value)
+    with control.understood(PROGRAM):
+        for name, value in Status.from_json(found).rows():
+            table.add_row(name, str(value))
     Console().print(table, markup=False)
 
 
@@ -174,10 +175,11 @@ def _list(arguments: argparse.Namespace) -> None:
         print("no mappings")
         return
     # Not a Rich table: it would take a minute for 100,000 rows.
+    with control.understood(PROGRAM):
+        lines = [f"{mapping['client']:<16} {mapping['detour_port']:>11}  "
+                 f"{mapping['remote']:<22} {mapping['unused_s']:>6.0f} s" for mapping in mappings]
     print(f"{'CLIENT':<16} {'DETOUR PORT':>11}  {'REMOTE':<22} {'UNUSED':>8}")
-    print("\n".join(
-        f"{each['client']:<16} {each['detour_port']:>11}  {each['remote']:<22} "
-        f"{each['unused_s']:>6.0f} s" for each in mappings))
+    print("\n".join(lines))
 
 
 def _all_mappings() -> list[dict[str, Any]]:
@@ -185,8 +187,13 @@ def _all_mappings() -> list[dict[str, Any]]:
     after: int | None = 0
     while after is not None:
         page = control.call(PROGRAM, "list", after=after)
-        mappings += page["mappings"]
-        after = page["next"]
+        with control.understood(PROGRAM):
+            if not isinstance(page["mappings"], list):
+                raise TypeError("no list")
+            mappings += page["mappings"]
+            before, after = after, page["next"]
+            if after is not None and after <= before:
+                raise ValueError("the pages do not end")
     return mappings
 
 
@@ -194,5 +201,7 @@ def _flush(arguments: argparse.Namespace) -> None:
     result = control.call(PROGRAM, "flush", client=arguments.client, remote=arguments.remote)
     if arguments.json:
         common.print_json(result)
-    else:
-        print(f"flushed {result['flushed']} mappings")
+        return
+    with control.understood(PROGRAM):
+        text = f"flushed {result['flushed']} mappings"
+    print(text)

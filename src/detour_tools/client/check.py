@@ -58,9 +58,10 @@ def check_host(detours: tuple[str, ...], remote: Endpoint | None) -> Iterator[Fi
     yield _tool("ss", "shows connections", "apt install iproute2")
     try:
         status = control.call(PROGRAM, "status")
+        with control.understood(PROGRAM):
+            used = tuple(f"{each['address']}:{each['port']}" for each in status["detours"])
         yield Finding("daemon", True, "runs in this network namespace")
-        detours = detours or tuple(f"{each['address']}:{each['port']}"
-                                   for each in status["detours"])
+        detours = detours or used
     except UserError as error:
         yield Finding("daemon", False, error.message, error.hint, needed=False)
     if not detours:

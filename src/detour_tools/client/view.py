@@ -44,7 +44,7 @@ def _connections(connections: list[dict[str, Any]]) -> Table:
                       f"no detour: {reason}" if reason else "", style="bold")
         for subflow in connection["subflows"]:
             table.add_row(f"  {subflow['local']}\n  > {subflow['remote']}",
-                          subflow["via"] or "direct",
+                          str(subflow["via"] or "direct"),
                           _state(subflow["state"].replace("established", "estab")),
                           _size(subflow["bytes_sent"]), _size(subflow["bytes_received"]),
                           _milliseconds(subflow["rtt_ms"]), str(subflow["retransmissions"]))
