@@ -128,6 +128,10 @@ class BorrowedSysctls:
         """Put everything back, except what somebody else has changed since."""
         for name, (was, ours) in self._borrowed.items():
             self._put_back(name, was, ours)
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave everything as it is now."""
         self._borrowed = {}
         self._journal.unlink(missing_ok=True)
 

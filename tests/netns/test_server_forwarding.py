@@ -3,6 +3,10 @@
 
 import itertools
 
+import pytest
+
+from detour_tools import runtime
+from detour_tools.lab import namespaces
 from tests.netns import asking
 from tests.netns.asking import Flow, WhoAmI
 from tests.netns.conftest import PRIVATE
@@ -66,3 +70,48 @@ def test_an_interface_that_does_not_forward_is_said(lab, start_server):
     switch(detour, setting, 1)
     server.wait_line("no longer so: ", 5)
     assert asking.status(detour)["warnings"] == []
+
+
+MASQUERADE = ["-t", "nat", "-A", "POSTROUTING", "-s", "172.17.0.0/16", "-j", "MASQUERADE"]
+OTHERS = {
+    "iptables-nft": (["iptables-nft", *MASQUERADE], "ip nat POSTROUTING"),
+    "iptables-legacy": (["iptables-legacy", *MASQUERADE], "iptables-legacy nat POSTROUTING"),
+    "docker's forward chain": (["iptables-nft", "-A", "FORWARD", "-o", "docker0", "-j", "ACCEPT"],
+                               "ip filter FORWARD"),
+    "nft": (["nft", "add table inet virt; add chain inet virt out { type nat hook postrouting "
+             "priority srcnat; }; add rule inet virt out masquerade"], "inet virt out"),
+}
+
+
+@pytest.mark.parametrize("who", OTHERS)
+def test_stopping_leaves_forwarding_to_others_who_came(lab, start_server, who):
+    command, chain = OTHERS[who]
+    detour = lab.host("detour")
+    backend = "iptables" if who == "iptables-legacy" else "nftables"
+    options = ("--backend", backend, *PRIVATE)
+    start_server(detour, *options).kill()
+    detour.run(command)
+    server = start_server(detour, *options)
+    assert server.stop() == 0
+    assert is_on(detour)
+    assert server.matching(rf"ip_forward stays 1, .*\(chain {chain}\)")
+    with namespaces.inside(detour.namespace):
+        folder = runtime.directory("detour-server")
+    assert not [path.name for path in folder.glob("*") if path.suffix != ".lock"]
+
+
+def test_stopping_takes_forwarding_from_those_who_had_none(lab, start_server, backend):
+    detour = lab.host("detour")
+    for command, _ in OTHERS.values():
+        detour.run(command)
+    switch(detour, "net.ipv4.ip_forward", 0)
+    options = ("--backend", backend, *PRIVATE)
+    start_server(detour, *options).kill()
+    # Nobody relies on forwarding whose chain is empty.
+    detour.run(["iptables-legacy", "-t", "mangle", "-P", "FORWARD", "ACCEPT"])
+    detour.run(["nft", "add table ip idle; add chain ip idle f "
+                "{ type filter hook forward priority 0; }"])
+    server = start_server(detour, *options)
+    assert server.stop() == 0
+    assert not is_on(detour)
+    assert not server.matching("stays 1")

@@ -12,7 +12,7 @@ from typing import Any
 
 from detour_tools.endpoint import Network
 from detour_tools.errors import UserError
-from detour_tools.firewall import judge, legacy, nft
+from detour_tools.firewall import forwarders, judge, legacy, nft
 from detour_tools.firewall.judge import Chain, Finding
 from detour_tools.netlink.nf_tables import NfTables
 
@@ -76,6 +76,21 @@ def chains_of(objects: list[dict[str, Any]], *, to_change: bool = False
     return nft.chains(objects, without=read) + found, unread
 
 
+def relying() -> set[str]:
+    """The chains of others that rely on this host's forwarding. Blocks; raises OSError, ValueError.
+    """
+    objects = nft.parse(ruleset())
+    found = forwarders.of_nft(objects)
+    tables = {"iptables-nft": nft.xtables(objects)}
+    with contextlib.suppress(PermissionError):
+        tables["iptables-legacy"] = _loaded(("nat", "filter"))
+    for tool, names in tables.items():
+        for table in names:
+            if table in ("nat", "filter") and (text := _iptables(tool, table)) is not None:
+                found |= forwarders.of_iptables(text, tool, table)
+    return found
+
+
 def listings(objects: list[dict[str, Any]], *, everything: bool = False
              ) -> Iterator[tuple[str, str, str]]:
     """Each table that a variant of iptables has here: the variant, the table, ``-S`` of it.
@@ -104,11 +119,11 @@ def ruleset() -> bytes:
     return run(["nft", "-j", "-a", "-t", "list", "ruleset"])
 
 
-def _loaded() -> list[str]:
+def _loaded(wanted: Iterable[str] = _TABLES) -> list[str]:
     # Without this a mere look would load the legacy tables into the kernel.
     with contextlib.suppress(FileNotFoundError):
         names = _LEGACY_TABLES.read_text(encoding="ascii").split()
-        return [table for table in _TABLES if table in names]
+        return [table for table in wanted if table in names]
     return []
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The host's IPv4 forwarding switch, while a server needs it on."""
 
+import json
 import logging
 import os
 import re
 
 from detour_tools import runtime, sysctl
 from detour_tools.errors import UserError
+from detour_tools.firewall import look
 from detour_tools.sysctl import BorrowedSysctls
 
 FORWARDING = "net.ipv4.ip_forward"
@@ -28,6 +30,8 @@ class ForwardingSwitch:
 
     def __init__(self, program: str) -> None:
         self._sysctls = BorrowedSysctls(runtime.directory(program) / f"{program}.sysctls", _NAMES)
+        # Who relied on forwarding when it was off, so that a server after us knows, too.
+        self._before = runtime.directory(program) / f"{program}.before"
         # When it was switched on again, seconds of the monotonic clock.
         self._again: list[float] = []
         self._given_up = False
@@ -37,6 +41,8 @@ class ForwardingSwitch:
 
         Whether it was on, before this server or those before it that were killed.
         """
+        if self._sysctls.found(FORWARDING) is None and sysctl.read(FORWARDING) == "0":
+            self._remember()
         # See inet_forward_change() in the kernel's net/ipv4/devinet.c.
         self._sysctls.set(FORWARDING, "1", resets={
             f"net/ipv4/conf/{name}/forwarding": "0" for name in os.listdir(_PER_INTERFACE)
@@ -70,8 +76,34 @@ class ForwardingSwitch:
         return self.tend(now) if sysctl.read(FORWARDING) == "1" else []
 
     def put_back(self) -> None:
-        """Leave it as it was found, unless somebody else has changed it since."""
-        self._sysctls.restore()
+        """Leave it as it was found, unless somebody else has changed it, or relies on it, since."""
+        came = self._came() if (self._sysctls.found(FORWARDING) == "0"
+                                and sysctl.read(FORWARDING) == "1") else []
+        if came:
+            log.warning("%s stays 1, though it was 0 before: since then others came who rely on "
+                        "it (chain %s)", FORWARDING, ", ".join(came))
+            self._sysctls.forget()
+        else:
+            self._sysctls.restore()
+        self._before.unlink(missing_ok=True)
+
+    def _remember(self) -> None:
+        try:
+            sysctl.write_file(self._before, json.dumps(sorted(look.relying())))
+        except Exception as error:  # other people's rules may be anything
+            self._before.unlink(missing_ok=True)
+            log.debug("cannot tell who relies on forwarding: %s", error)
+
+    def _came(self) -> list[str]:
+        """The chains of others who rely on forwarding now and did not when it was off."""
+        try:
+            before = json.loads(sysctl.read_file(self._before))
+            return sorted(look.relying() - set(before))
+        except FileNotFoundError:
+            return []
+        except Exception as error:
+            log.warning("cannot tell whether others rely on %s by now: %s", FORWARDING, error)
+            return []
 
 
 def _interfaces_off() -> list[str]:
