@@ -112,6 +112,6 @@ def test_a_journal_adds_no_line_to_what_root_sets_at_boot(
     start_server(host).kill()
     with namespaces.inside(host.namespace):
         journal = runtime.directory("detour-server") / "detour-server.sysctls"
-    journal.write_text('{"net.ipv4.ip_forward": ["0\\nkernel.core_pattern = |/tmp/x", "1"]}')
+    journal.write_text('{"net.ipv4.ip_forward": ["0\\nkernel.core_pattern = |/x", "1"]}')
     module(_SYSCTLS, path=str(path), values={"net.ipv4.ip_forward": 0})
     assert "core_pattern" not in path.read_text(encoding="utf-8")

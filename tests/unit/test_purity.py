@@ -14,7 +14,7 @@ PURE = ("mproxy/__init__.py", "mproxy/v1.py", "mproxy/errors.py", "server/table.
         "server/ports.py", "server/policy.py", "server/unproven.py", "server/decide.py",
         "server/status.py", "server/warnings.py", "route.py",
         "endpoint.py", "mapping.py", "nat/xtables.py", "firewall/packet.py", "firewall/judge.py",
-        "firewall/nft.py", "firewall/legacy.py", "firewall/opening.py",
+        "firewall/nft.py", "firewall/legacy.py", "firewall/opening.py", "firewall/forwarders.py",
         "client/machine.py", "client/offers.py", "client/detours.py", "netlink/codec.py",
         "pathmanager/codec.py", "pathmanager/detour_codec.py", "lab/topology.py", "lab/graph.py")
 IMPURE = {"socket", "asyncio", "time", "subprocess", "threading", "select", "pyroute2", "signal"}
