@@ -15,6 +15,9 @@ from detour_tools.lab import namespaces
 from tests.netns import asking
 from tests.netns.conftest import PRIVATE
 
+FOREIGN = ("net.ipv4.ip_default_ttl", "net/ipv4/conf/../ip_default_ttl",
+           "net/ipv4/conf/../../ipv4/ip_default_ttl")
+
 
 def journal_of(host, program: str) -> Path:
     with namespaces.inside(host.namespace):
@@ -25,8 +28,7 @@ def ttl(host) -> str:
     return host.run(["cat", "/proc/sys/net/ipv4/ip_default_ttl"]).stdout.strip()
 
 
-@pytest.mark.parametrize("name", ["net.ipv4.ip_default_ttl", "net/ipv4/conf/../ip_default_ttl",
-                                  "net/ipv4/conf/../../ipv4/ip_default_ttl"])
+@pytest.mark.parametrize("name", FOREIGN)
 def test_a_server_takes_no_foreign_name_from_its_journal(lab, start_server, name):
     detour = lab.host("detour")
     journal = journal_of(detour, "detour-server")
