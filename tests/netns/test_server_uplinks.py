@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A detour with two uplinks, by the recipe of docs/server.md."""
+"""Detours with two uplinks, and behind NAT, as docs/server.md has it."""
 
 import re
 from ipaddress import ip_address, ip_interface, ip_network
@@ -11,6 +11,7 @@ from detour_tools.lab.topology import End, Host, Link, Route, Topology
 from tests.netns.asking import Asker, Flow, WhoAmI
 from tests.netns.conftest import PLAIN, PRIVATE
 
+HOW = ("without", "strict", "by the recipe")
 RECIPE = Path(__file__).parents[2] / "docs/server.md"
 
 
@@ -33,7 +34,7 @@ UPLINKS = Topology(
      route("server", "10.0.0.0/16", "10.0.4.1"), route("rb", "10.0.1.0/24", "10.0.5.1")))
 
 
-@pytest.mark.parametrize("how", ["without", "strict", "by the recipe"])
+@pytest.mark.parametrize("how", HOW)
 def test_answers_leave_by_the_uplink_that_the_flow_came_by(make_lab, start_server, how):
     lab = make_lab(UPLINKS)
     detour = lab.host("detour")
@@ -58,3 +59,16 @@ def test_answers_leave_by_the_uplink_that_the_flow_came_by(make_lab, start_serve
     else:
         with pytest.raises(AssertionError, match="no answer"):
             asker.ask("10.0.4.2:80", 80, tries=1)
+
+
+def test_a_detour_behind_nat(lab, start_server):
+    detour, client, public = lab.host("detour"), lab.host("client"), "203.0.113.7"
+    WhoAmI(lab.host("server"), 80)
+    towards_r3 = lab.host("r1").run(["ip", "-o", "route", "get", "10.0.6.2"]).stdout.split()
+    lab.host("r1").run(["ip", "route", "add", public, "via", towards_r3[2]])
+    lab.host("r3").run(["nft", "-f", "-"], input=f"""table ip provider {{ chain in {{
+        type nat hook prerouting priority dstnat; ip daddr {public} dnat to 10.0.6.2; }} }}""")
+    start_server(detour, *PRIVATE, *PLAIN, "--own-address", public)
+    asker = Asker(client, public)
+    assert Flow(client, public, asker.ask("10.0.3.2:80", 80)).seen_as == "10.0.6.2"
+    assert asker.is_refused(f"{public}:22", 0)
