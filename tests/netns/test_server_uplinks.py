@@ -67,7 +67,7 @@ def test_a_detour_behind_nat(lab, start_server):
     towards_r3 = lab.host("r1").run(["ip", "-o", "route", "get", "10.0.6.2"]).stdout.split()
     lab.host("r1").run(["ip", "route", "add", public, "via", towards_r3[2]])
     lab.host("r3").run(["nft", "-f", "-"], input=f"""table ip provider {{ chain in {{
-        type nat hook prerouting priority dstnat; ip daddr {public} dnat to 10.0.6.2; }} }}""")
+        type nat hook prerouting priority dstnat; ip daddr {public} dnat to 10.0.6.2; }}; }}""")
     start_server(detour, *PRIVATE, *PLAIN, "--own-address", public)
     asker = Asker(client, public)
     assert Flow(client, public, asker.ask("10.0.3.2:80", 80)).seen_as == "10.0.6.2"
