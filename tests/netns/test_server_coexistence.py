@@ -74,6 +74,7 @@ def test_foreign_rules_stay_after_a_kill_and_a_take_over(lab, start_server, back
 def test_a_foreign_dnat_is_neither_hidden_nor_masqueraded(lab, start_server, backend):
     """A port that somebody else forwards to the very remote of a mapping."""
     detour, client, far = lab.host("detour"), lab.host("client"), lab.host("server")
+    detour.run(["sysctl", "-qw", "net.ipv4.ip_forward=1"])  # who publishes ports is a router
     add_foreign_rules(detour)
     far.run(["nft", "-f", "-"], input="""table ip seen {
         chain input { type filter hook input priority filter; policy accept;
