@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A host that was no router does not become one for the neighbours of a detour."""
 
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+
 import pytest
 
+from detour_tools.lab import namespaces
 from detour_tools.lab.network import Host, Lab
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI
@@ -31,6 +37,43 @@ def gets_through(host: Host) -> bool:
     return True
 
 
+def _datagrams(source: Host, destination: Host) -> tuple[list[bytes], Callable[[], None]]:
+    """Send datagrams all the time: those that arrived, and what ends it and waits for the last."""
+    arrived: list[bytes] = []
+    ends = threading.Event()
+    with namespaces.inside(destination.namespace):
+        receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    receiver.bind((str(destination.address), 0))
+    receiver.settimeout(0.2)
+    with namespaces.inside(source.namespace):
+        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+    def send() -> None:
+        while not ends.wait(0.002):
+            sender.sendto(b"x", receiver.getsockname())
+
+    def receive() -> None:
+        with contextlib.suppress(TimeoutError):
+            while not (ends.is_set() and not sending.is_alive()):
+                with contextlib.suppress(TimeoutError):
+                    arrived.append(receiver.recv(9))
+            while True:
+                arrived.append(receiver.recv(9))
+
+    sending = threading.Thread(target=send, daemon=True)
+    receiving = threading.Thread(target=receive, daemon=True)
+    sending.start()
+    receiving.start()
+
+    def stop() -> None:
+        ends.set()
+        receiving.join()
+        sender.close()
+        receiver.close()
+
+    return arrived, stop
+
+
 def test_a_neighbour_gets_nothing_through(lab: Lab, serve: Serve, neighbour: Host, asker: Asker):
     detour = lab.host("detour")
     assert asking.forwarding(detour) == "0"
@@ -42,6 +85,14 @@ def test_a_neighbour_gets_nothing_through(lab: Lab, serve: Serve, neighbour: Hos
     serve()
     assert not gets_through(neighbour), "what a server that was killed found is remembered"
     assert asking.status(detour)["policy"]["router"] is False
+
+
+def test_nor_while_a_server_starts_and_stops(lab: Lab, serve: Serve, neighbour: Host):
+    arrived, stop = _datagrams(neighbour, lab.host("server"))
+    for _ in range(2):
+        serve().stop()
+    stop()
+    assert not arrived, f"{len(arrived)} datagrams of a neighbour got through"
 
 
 @pytest.mark.parametrize(("was", "options"), [("1", ()), ("0", ("--router", "yes"))])

@@ -36,18 +36,18 @@ class ForwardingSwitch:
         self._again: list[float] = []
         self._given_up = False
 
-    def on(self) -> bool:
-        """Switch it on, remembering what was; raises UserError.
+    def was_on(self) -> bool:
+        """Whether it was on, before this server or those before it that were killed."""
+        return (self._sysctls.found(FORWARDING) or sysctl.read(FORWARDING)) == "1"
 
-        Whether it was on, before this server or those before it that were killed.
-        """
+    def on(self) -> None:
+        """Switch it on, remembering what was; raises UserError."""
         if self._sysctls.found(FORWARDING) is None and sysctl.read(FORWARDING) == "0":
             self._remember()
         # See inet_forward_change() in the kernel's net/ipv4/devinet.c.
         self._sysctls.set(FORWARDING, "1", resets={
             f"net/ipv4/conf/{name}/forwarding": "0" for name in os.listdir(_PER_INTERFACE)
             if name != "all"} | {"net/ipv4/conf/all/accept_redirects": "1"})
-        return self._sysctls.found(FORWARDING) in (None, "1")
 
     def tend(self, now: float) -> list[str]:
         """Switch it on again if somebody else has switched it off; what there is to warn of.

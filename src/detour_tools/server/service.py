@@ -105,18 +105,20 @@ class Server:
     async def _rules(self, printer: Printer) -> AsyncIterator[None]:
         self._switch = switch = ForwardingSwitch(PROGRAM)
         try:
-            self._router = switch.on()
-            printer.print(f"{FORWARDING} = 1\n")
+            # The rules keep the host from being a router, so it is to forward with them only.
+            self._router = switch.was_on()
             try:
                 with no_collections():
                     await self._keeper.start(self._settings.backend, self._terms())
             except NatError as error:
                 raise UserError(f"the kernel does not take our rules: {error}") from None
+            switch.on()
+            printer.print(f"{FORWARDING} = 1\n")
             await self._upkeep.start()
             yield
         finally:
-            await self._keeper.stop()
             switch.put_back()
+            await self._keeper.stop()
 
     def _tend_forwarding(self) -> None:
         if self._switch is not None:
