@@ -158,7 +158,9 @@ def call(program: str, command: str, **arguments: Any) -> Any:
         except OSError as error:
             raise UserError(f"{program} did not answer: {error}") from None
         try:
-            connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            # Who is too busy says so without reading, and is gone then.
+            with contextlib.suppress(BrokenPipeError):
+                connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             answer = json.loads(_read_line(connection) or b"{}")
             escaped = _escaped(answer)
         except (OSError, ValueError, RecursionError) as error:
