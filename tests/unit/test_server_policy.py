@@ -17,9 +17,11 @@ from detour_tools.server.policy import (
     RateLimiter,
     Refusal,
     Rules,
+    SecondAttempts,
 )
 
 CLIENT = IPv4Address("10.0.1.1")
+REMOTE = parse_endpoint("130.104.230.45:80")
 AWAY = Route(local=False, broadcast=False, on_link=False)
 NOWHERE = HostAddresses(frozenset(), NetworkSet(()))
 
@@ -43,22 +45,22 @@ def networks(*texts):
 ])
 def test_private_clients_only_by_default(client, allowed):
     checked = policy()
-    refusal = checked.check_client(ip_address(client), 0.0)
+    refusal = checked.check_client(ip_address(client), REMOTE, 0.0)
     assert refusal is (None if allowed else Refusal.CLIENT)
     assert checked.refused[Refusal.CLIENT] == (not allowed)
 
 
 def test_the_administrator_says_who_instead():
     checked = policy(allow_clients=networks("198.51.100.0/24", "203.0.113.5/32"))
-    assert checked.check_client(IPv4Address("198.51.100.9"), 0.0) is None
-    assert checked.check_client(IPv4Address("203.0.113.5"), 0.0) is None
-    assert checked.check_client(IPv4Address("203.0.113.6"), 0.0) is Refusal.CLIENT
-    assert checked.check_client(CLIENT, 0.0) is Refusal.CLIENT
+    assert checked.check_client(IPv4Address("198.51.100.9"), REMOTE, 0.0) is None
+    assert checked.check_client(IPv4Address("203.0.113.5"), REMOTE, 0.0) is None
+    assert checked.check_client(IPv4Address("203.0.113.6"), REMOTE, 0.0) is Refusal.CLIENT
+    assert checked.check_client(CLIENT, REMOTE, 0.0) is Refusal.CLIENT
 
 
 def test_an_empty_list_of_clients_is_nobody():
     checked = policy(allow_clients=())
-    assert checked.check_client(CLIENT, 0.0) is Refusal.CLIENT
+    assert checked.check_client(CLIENT, REMOTE, 0.0) is Refusal.CLIENT
     assert not checked.permits(Mapping(CLIENT, 80, parse_endpoint("8.8.8.8:80")), NOWHERE)
 
 
@@ -171,8 +173,38 @@ def test_forged_sources_cannot_fill_the_memory():
 def test_clients_that_may_not_ask_get_no_bucket():
     checked = policy(rate=5.0)
     for number in range(100):
-        checked.check_client(ip_address(0x08000000 + number), 0.0)
+        checked.check_client(ip_address(0x08000000 + number), REMOTE, 0.0)
     assert len(checked._limiter) == 0
+
+
+def test_what_the_rate_refused_passes_when_it_comes_again():
+    """So forged requests, each for another remote, do not use a client up."""
+    checked, now, passed = policy(rate=10.0), 0.0, 0
+    for number in range(200):
+        now = number / 50
+        checked.check_client(CLIENT, Endpoint(ip_address(0x08000000 + number), 1), now)
+        if number >= 50 and number % 10 == 0:  # a remote of its own, until it is served
+            own = Endpoint(ip_address(0x09000000 + number), 1)
+            passed += any(checked.check_client(CLIENT, own, now + later) is None
+                          for later in (0.0, 0.3))
+    assert passed == 15
+
+
+def test_what_comes_again_at_once_or_late_is_no_second_attempt():
+    again = SecondAttempts(100.0)
+    assert [again.allows(CLIENT, REMOTE, now) for now in (0.0, 0.05, 0.2, 0.3)] == [
+        False, False, True, False]
+    assert not again.allows(CLIENT, REMOTE, 5.0)
+    assert not again.allows(ip_address("10.0.1.2"), REMOTE, 5.2), "another client's is another"
+    assert again.allows(CLIENT, REMOTE, 5.2)
+
+
+def test_second_attempts_have_a_rate_and_a_bounded_memory():
+    again = SecondAttempts(8.0, most=100)
+    remotes = [Endpoint(ip_address(0x08000000 + number), 1) for number in range(1000)]
+    assert not any(again.allows(CLIENT, remote, 0.0) for remote in remotes)
+    assert len(again) == 100
+    assert sum(again.allows(CLIENT, remote, 0.5) for remote in remotes[-100:]) == 2
 
 
 @given(st.lists(st.floats(0, 2), max_size=60), st.floats(1, 20))

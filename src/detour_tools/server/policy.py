@@ -18,6 +18,12 @@ from detour_tools.mapping import Mapping
 from detour_tools.route import Route
 
 _BUCKETS = 65536
+# Requests that the rate refused are remembered, for some retransmissions of a client: this many
+# in all, of this age in seconds. Those let through for it are a share of the rate, and above it.
+_REFUSED = 16384
+_SOONEST_AGAIN = 0.1
+_LATEST_AGAIN = 3.0
+_SECOND_SHARE = 0.25
 # Above this share of max_mappings mappings expire sooner, so that a flood of them from many
 # sources does not keep good clients out for an idle time-out.
 _CROWDED = 0.9
@@ -168,6 +174,34 @@ class RateLimiter:
         return allowed
 
 
+class SecondAttempts:
+    """Lets a request through that the rate refused before, when it comes again soon.
+
+    Who forges a client's requests asks for another remote each time, or has to ask twice; a
+    client that was refused asks for the same one again. ``rate`` is that of the client.
+    """
+
+    def __init__(self, rate: float, most: int = _REFUSED) -> None:
+        self._limiter = RateLimiter(rate * _SECOND_SHARE)
+        self._most = most
+        self._refused: OrderedDict[tuple[int, int, int], float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._refused)
+
+    def allows(self, client: IPAddress, remote: Endpoint, now: float) -> bool:
+        """Whether the request, which the rate refuses at ``now``, may pass all the same."""
+        key = int(client), int(remote.address), remote.port
+        since = self._refused.pop(key, None)
+        age = 0.0 if since is None else now - since
+        if _SOONEST_AGAIN <= age <= _LATEST_AGAIN and self._limiter.allows(client, now):
+            return True
+        self._refused[key] = now if since is None or age > _LATEST_AGAIN else since
+        if len(self._refused) > self._most:
+            self._refused.popitem(last=False)
+        return False
+
+
 class Policy:
     """Applies the rules, and counts what they refuse."""
 
@@ -184,17 +218,19 @@ class Policy:
         self._denied = NetworkSet(rules.deny_remotes)
         self._own = NetworkSet(rules.own_addresses)
         self._limiter = RateLimiter(rules.rate)
+        self._second_attempts = SecondAttempts(rules.rate)
 
     def count(self, refusal: Refusal) -> Refusal:
         """Note a refusal that was decided elsewhere."""
         self.refused[refusal] += 1
         return refusal
 
-    def check_client(self, client: IPAddress, now: float) -> Refusal | None:
-        """Whether the client may ask at all, and now."""
+    def check_client(self, client: IPAddress, remote: Endpoint, now: float) -> Refusal | None:
+        """Whether the client may ask at all, and now; ``remote`` tells a second attempt."""
         if client not in self._clients:
             return self.count(Refusal.CLIENT)
-        if not self._limiter.allows(client, now):
+        if not self._limiter.allows(client, now) and not self._second_attempts.allows(
+                client, remote, now):
             return self.count(Refusal.RATE)
         return None
 

@@ -8,9 +8,7 @@ shared by all that came meanwhile; an answer leaves when its mapping is live in 
 import asyncio
 import logging
 import time
-from collections import Counter, deque
 from collections.abc import Awaitable, Callable
-from itertools import islice
 from typing import NamedTuple
 
 from detour_tools import mproxy
@@ -29,12 +27,13 @@ from detour_tools.server.policy import Policy, Refusal
 from detour_tools.server.receiver import Receiver, Sender
 from detour_tools.server.status import Counters
 from detour_tools.server.table import Decision, Entry, Outcome
+from detour_tools.server.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
-_DATAGRAMS_A_WAKE_UP = 128
+# More than are served meanwhile: what waits in the kernel is served in the order it came.
+_DATAGRAMS_A_WAKE_UP = 512
 _REQUESTS_A_COMMIT = 256
-_QUEUED_REQUESTS = 4096
 # In ten seconds, of each kind: enough to follow a client, and no flood of the journal.
 _GRANTED_LINES = 50
 
@@ -61,7 +60,7 @@ class Requests:
         self._listening = listening
         self._look = look
         self._routes = Routes()
-        self._queue: deque[_Request] = deque()
+        self._queue: Waiting[_Request] = Waiting()
         self._waiting = asyncio.Event()
         self._bounded = BoundedLog(log)
         printing = _printing_logger(printer)
@@ -114,26 +113,23 @@ class Requests:
             self._bounded.warning("malformed", "malformed datagram from %s: %s",
                                   sender.address, error)
             return
-        refusal = self._policy.check_client(sender.address, now)
+        refusal = self._policy.check_client(sender.address, message.remote, now)
         if refusal is not None:
             self._refuse(refusal, sender.address, message)
-        elif len(self._queue) >= _QUEUED_REQUESTS:
+        elif not self._queue.put(sender.address, _Request(message, sender),
+                                 known=self._keeper.table.count(sender.address) > 0):
             counters.overflowed += 1
             self._bounded.warning("overflow", "too many requests at once: some are dropped")
-        else:
-            self._queue.append(_Request(message, sender))
 
     def _may_need_room(self) -> bool:
         table, rules = self._keeper.table, self._policy.rules
-        asking = Counter(request.sender.address for request
-                         in islice(self._queue, _REQUESTS_A_COMMIT))
-        return len(table) + asking.total() > rules.max_mappings or any(
+        batch = min(len(self._queue), _REQUESTS_A_COMMIT)
+        return len(table) + batch > rules.max_mappings or any(
             table.count(client) + number > rules.max_per_client
-            for client, number in asking.items())
+            for client, number in self._queue.counts(batch))
 
     async def _serve_batch(self) -> None:
-        queue = self._queue
-        batch = [queue.popleft() for _ in range(min(_REQUESTS_A_COMMIT, len(queue)))]
+        batch = self._queue.take(_REQUESTS_A_COMMIT)
         now = time.monotonic()
         decided: list[tuple[_Request, Decision]] = []
         new: dict[int, Entry] = {}  # by serial
