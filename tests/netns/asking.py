@@ -51,6 +51,14 @@ class Asker:
             assert isinstance(message, v1.Response)
             yield message
 
+    def answers_within(self, seconds: float) -> Iterator[v1.Response]:
+        """Answers as they come, for so long in all."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            answer = next(self.answers(left), None)
+            if answer is not None:
+                yield answer
+
     def ask(self, remote: Endpoint | str, proposed: int, tries: int = 5) -> int:
         """The detour port; AssertionError when no answer comes."""
         wanted = _endpoint(remote)

@@ -3,6 +3,7 @@
 
 import json
 import socket
+import sys
 import time
 
 import pytest
@@ -71,6 +72,30 @@ def test_forged_clients_do_not_keep_others_out(lab, serve, asker, backend):
     assert asking.status(detour)["mappings"] == 100
     forge(lab.host("r1"), detour.address, [f"10.77.9.{1 + n % 200}" for n in range(60)])
     assert wanted < mappings(detour), "the heavier ones go first"
+
+
+@pytest.mark.parametrize(("source", "network", "rate"), [
+    ("client", "10.0.1.1/32", 1000), ("r3", "10.128.0.0/10", 8000)])
+def test_a_flood_of_forged_requests_keeps_nobody_out(lab, start_server, start, source, network,
+                                                     rate):
+    """Neither by the rate of the client that they name, nor by the work they make."""
+    detour = lab.host("detour")
+    start_server(detour)
+    start(lab.host(source), [sys.executable, "-m", "tests.netns.forgery", detour.address, network,
+                             rate])
+    # So long that a queue fills up, and the client's rate is used up.
+    asking.in_time("the flood has come",
+                   (counts(detour)["received"] >= 3 * rate for _ in range(999)), timeout=30.0)
+    asker = Asker(lab.host("client"), detour.address)
+    served = []
+    for number in range(20):
+        remote = Endpoint(parse_endpoint("46.0.0.1:1").address + number, 443)
+        for _ in range(4):  # as a client that waits 0.3 s for an answer
+            asker.send_request(remote, 443)
+            if any(answer.remote == remote for answer in asker.answers_within(0.3)):
+                served.append(remote)
+                break
+    assert len(served) >= 19
 
 
 def test_a_mapping_that_was_never_used_goes_soon(lab, start):

@@ -32,7 +32,7 @@ from detour_tools.server.waiting import Waiting
 log = logging.getLogger(__name__)
 
 # More than are served meanwhile: what waits in the kernel is served in the order it came.
-_DATAGRAMS_A_WAKE_UP = 512
+_DATAGRAMS_A_WAKE_UP = 2048
 _REQUESTS_A_COMMIT = 256
 # In ten seconds, of each kind: enough to follow a client, and no flood of the journal.
 _GRANTED_LINES = 50
