@@ -127,7 +127,9 @@ class Upkeep:
 
     def _may_look(self, *, pressed: bool) -> bool:
         share, longest = _PRESSED_LOOKING if pressed else _LOOKING
-        return time.monotonic() - self._looked_at >= min(share * self._look_took, longest)
+        # Short time-outs want to be kept.
+        return time.monotonic() - self._looked_at >= min(
+            share * self._look_took, longest, self._policy.rules.idle_timeout / 8)
 
     async def look_before_making_room(self) -> None:
         """See that what has a flow by now makes no room, if the last look was not just before."""
