@@ -11,7 +11,8 @@ import detour_tools
 
 PACKAGE = Path(detour_tools.__file__).parent
 PURE = ("mproxy/__init__.py", "mproxy/v1.py", "mproxy/errors.py", "server/table.py",
-        "server/ports.py", "server/policy.py", "server/unproven.py", "server/decide.py",
+        "server/ports.py", "server/policy.py", "server/unproven.py", "server/waiting.py",
+        "server/decide.py",
         "server/status.py", "server/warnings.py", "route.py",
         "endpoint.py", "mapping.py", "nat/xtables.py", "firewall/packet.py", "firewall/judge.py",
         "firewall/nft.py", "firewall/legacy.py", "firewall/opening.py", "firewall/forwarders.py",
