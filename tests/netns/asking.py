@@ -165,15 +165,20 @@ def mappings(host: Host) -> set[tuple[str, int, str]]:
     return set(found)
 
 
+def _parts(element: dict) -> list:
+    """What a concatenation is made of; an element with a comment is wrapped."""
+    return element.get("elem", {}).get("val", element)["concat"]
+
+
 def kernel_mappings(host: Host, backend: str) -> list[tuple[str, int, str]]:
     """What the kernel's rules say, as nft and iptables show them; DNAT and SNAT must agree."""
     if backend == "nftables":
         table = json.loads(host.run(["nft", "-j", "list", "table", "ip", "detour-tools"]).stdout)
         parts = {part.get("name"): part for item in table["nftables"] for part in item.values()}
-        dnat = [(key["concat"][0], key["concat"][1], f"{value['concat'][0]}:{value['concat'][1]}")
+        dnat = [(*_parts(key), "{}:{}".format(*_parts(value)))
                 for key, value in parts["mappings"].get("elem", ())]
         snat = [(client, port, f"{address}:{remote_port}") for client, port, address, remote_port
-                in (element["concat"] for element in parts["mapped"].get("elem", ()))]
+                in map(_parts, parts["mapped"].get("elem", ()))]
     else:
         text = host.run(["iptables-legacy", "-t", "nat", "-S"]).stdout
         dnat = [(client, int(port), remote) for client, port, remote in re.findall(
