@@ -133,6 +133,7 @@ def test_plain_forwarding_through_the_detour_is_left_alone(lab, serve, asker):
 
     Also when it goes to a mapped remote at a port that is a detour port.
     """
+    lab.host("detour").run(["sysctl", "-qw", "net.ipv4.ip_forward=1"])  # it is a router already
     serve()
     WhoAmI(lab.host("server"), 80)
     assert asker.ask("10.0.3.2:80", 80) == 80

@@ -30,6 +30,10 @@ class ListeningPorts:
         self._ports = self._read()
         self._fresh_until = 0.0
 
+    def look(self) -> frozenset[int]:
+        """The ports, read afresh; the next request reads them again all the same."""
+        return self._read()
+
     def now(self) -> frozenset[int]:
         """The ports, as of a moment ago at most."""
         now = time.monotonic()

@@ -95,7 +95,7 @@ class Upkeep:
 
     async def _remove_listened_on(self) -> None:
         """Remove mappings of ports that this host has begun to listen on."""
-        before, self._listened_on = self._listened_on, self._listening.now()
+        before, self._listened_on = self._listened_on, self._listening.look()
         await self._remove([entry for port in self._listened_on - before
                             for entry in self._keeper.table.of_port(port)],
                            "of ports that this host listens on now")
