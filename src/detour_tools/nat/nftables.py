@@ -185,16 +185,13 @@ class NftablesBackend:
         # A kernel without labels or 'ct count' does without these.
         ways = [(tried, _ruleset(capacity, tried, labels=labels))
                 for tried in (terms, unlimited) for labels in (True, False)]
-        used = self._standing(ways, mappings)
-        if used is None:
-            used = self._make(ways, mappings)
-            self._handle = self._table_handle() or b""
-        else:
-            self._handle = self._table_handle() or b""
+        standing_for = self._standing(ways, mappings)
+        used = standing_for or self._make(ways, mappings)
+        self._handle = self._table_handle() or b""
+        if standing_for:
             self._refused_before -= self._counted()
         if used != terms:
             log.warning("flows are not limited: this kernel does not count them (nft_connlimit)")
-        self._handle = self._table_handle() or b""
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
         """Remove, then add elements in one transaction."""

@@ -36,7 +36,6 @@ _MESSAGE = 16  # struct nlmsghdr
 _NFTA_TABLE_NAME = 1
 _NFTA_TABLE_HANDLE = 4
 _NFTA_GEN_ID = 1
-_NFTA_OBJ_TABLE = 1
 _NFTA_OBJ_NAME = 2
 _NFTA_OBJ_TYPE = 3
 _NFTA_OBJ_DATA = 4
@@ -46,7 +45,7 @@ _NFTA_CHAIN_COUNTERS = 8
 _NFTA_RULE_EXPRESSIONS = 4
 _NFTA_EXPR_NAME = 1
 _NFTA_SET_COUNT = 20
-# NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE, NFTA_SET_ELEM_LIST_TABLE
+# NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE, NFTA_SET_ELEM_LIST_TABLE, NFTA_OBJ_TABLE
 _TABLE = 1
 _NFTA_SET_ELEM_LIST_SET = 2
 _NFTA_SET_ELEM_LIST_ELEMENTS = 3
@@ -75,7 +74,7 @@ class NfTables(NetlinkSocket):
 
     def table_handle(self, name: str) -> bytes | None:
         """The handle of an IPv4 table, another one when it was made anew; None: no such."""
-        request = _NFGENMSG_IPV4 + codec.attribute(_NFTA_TABLE_NAME, name.encode() + b"\0")
+        request = _NFGENMSG_IPV4 + _text(_NFTA_TABLE_NAME, name)
         try:
             answers = self.request(_GETTABLE, request)
         except OSError:
@@ -84,8 +83,7 @@ class NfTables(NetlinkSocket):
 
     def counted(self, table: str, name: str) -> int:
         """The packets that a named counter of an IPv4 table has counted; 0 without such."""
-        request = (_NFGENMSG_IPV4 + codec.attribute(_NFTA_OBJ_TABLE, table.encode() + b"\0")
-                   + codec.attribute(_NFTA_OBJ_NAME, name.encode() + b"\0")
+        request = (_NFGENMSG_IPV4 + _text(_TABLE, table) + _text(_NFTA_OBJ_NAME, name)
                    + codec.attribute(_NFTA_OBJ_TYPE, _NFT_OBJECT_COUNTER))
         try:
             answers = self.request(_GETOBJ, request)

@@ -27,18 +27,19 @@ class ListeningPorts:
         except OSError as error:
             raise UserError(f"this kernel does not list its sockets: {error.strerror}",
                             "CONFIG_INET_DIAG is needed") from None
-        self._ports = self._read()
+        self._ports = self.look()
         self._fresh_until = 0.0
 
     def look(self) -> frozenset[int]:
         """The ports, read afresh; the next request reads them again all the same."""
-        return self._read()
+        return frozenset(each.port for each in self._diag.listening()
+                         if not each.address.is_loopback)
 
     def now(self) -> frozenset[int]:
         """The ports, as of a moment ago at most."""
         now = time.monotonic()
         if now >= self._fresh_until:
-            self._ports = self._read()
+            self._ports = self.look()
             done = time.monotonic()
             self._fresh_until = done + min(_OLDEST_SECONDS, _LOOKING_SHARE * (done - now))
         return self._ports
@@ -46,7 +47,3 @@ class ListeningPorts:
     def close(self) -> None:
         """Close the socket."""
         self._diag.close()
-
-    def _read(self) -> frozenset[int]:
-        return frozenset(each.port for each in self._diag.listening()
-                         if not each.address.is_loopback)

@@ -127,7 +127,7 @@ class MappingTable:
         ``forbidden`` says which ports the detour must not give away, to anybody.
         Raises NoFreePortError, and changes nothing then.
         """
-        found = self._by_remote.get(_pair(flow_key(Mapping(client, 0, remote))))
+        found = self.find(client, remote)
         if found is not None:
             self.touch(found, now)
             return Decision(Outcome.EXISTING, found)
