@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from detour_tools import mproxy
 from detour_tools.endpoint import Endpoint, parse_endpoint
 from detour_tools.lab import namespaces
-from detour_tools.lab.network import Host
+from detour_tools.lab.network import Host, Lab
 from detour_tools.mproxy import v1
 
 # Always allowed, never contacted: what comes after a request that gets no answer.
@@ -215,6 +215,16 @@ def listening(host: Host, address: str, port: int, family: int = socket.AF_INET,
         listener.bind((address, port))
         listener.listen()
         yield
+
+
+def route_through_the_detour(lab: Lab) -> None:
+    """Have the client's packets to 10.0.3.2 pass through the detour; answers go another way."""
+    r1, r3 = lab.host("r1"), lab.host("r3")
+    towards_r3 = r1.run(["ip", "-o", "route", "get", "10.0.6.2"]).stdout.split()
+    gateway, link = towards_r3[2], towards_r3[4]
+    r1.run(["ip", "route", "add", "10.0.3.2/32", "via", gateway, "dev", link])
+    r3.run(["ip", "rule", "add", "iif", link, "to", "10.0.3.2", "table", "100"])
+    r3.run(["ip", "route", "add", "default", "via", "10.0.6.2", "table", "100"])
 
 
 def in_time(what: str, conditions: Iterable[object], timeout: float = 10.0) -> None:

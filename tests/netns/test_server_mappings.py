@@ -137,12 +137,7 @@ def test_plain_forwarding_through_the_detour_is_left_alone(lab, serve, asker):
     serve()
     WhoAmI(lab.host("server"), 80)
     assert asker.ask("10.0.3.2:80", 80) == 80
-    r1, r3 = lab.host("r1"), lab.host("r3")
-    towards_r3 = r1.run(["ip", "-o", "route", "get", "10.0.6.2"]).stdout.split()
-    gateway, link = towards_r3[2], towards_r3[4]
-    r1.run(["ip", "route", "add", "10.0.3.2/32", "via", gateway, "dev", link])
-    r3.run(["ip", "rule", "add", "iif", link, "to", "10.0.3.2", "table", "100"])
-    r3.run(["ip", "route", "add", "default", "via", "10.0.6.2", "table", "100"])
+    asking.route_through_the_detour(lab)
     detour = lab.host("detour")
     before = _forwarded(detour)
     flow = Flow(lab.host("client"), "10.0.3.2", 80)

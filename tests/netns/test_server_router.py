@@ -19,12 +19,7 @@ from tests.netns.conftest import Serve
 def neighbour(lab: Lab) -> Host:
     """r3, which sends what is for 10.0.3.2 by way of the detour, and that back to r3."""
     WhoAmI(lab.host("server"), 80)
-    r1, r3 = lab.host("r1"), lab.host("r3")
-    towards_r3 = r1.run(["ip", "-o", "route", "get", "10.0.6.2"]).stdout.split()
-    gateway, link = towards_r3[2], towards_r3[4]
-    r1.run(["ip", "route", "add", "10.0.3.2/32", "via", gateway, "dev", link])
-    r3.run(["ip", "rule", "add", "iif", link, "to", "10.0.3.2", "table", "100"])
-    r3.run(["ip", "route", "add", "default", "via", "10.0.6.2", "table", "100"])
+    asking.route_through_the_detour(lab)
     return lab.host("client")
 
 
