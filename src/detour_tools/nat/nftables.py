@@ -293,7 +293,7 @@ def _ruleset(capacity: int, terms: Terms, *, labels: bool) -> str:
         beginning.append(f"add @shares {{ tcp sport & {shares - 1 << 1} "
                          f"ct count over {flows // shares} }} {_REFUSE}")
     elif flows:
-        beginning.append(f"ct count over {terms.flows} {_REFUSE}")
+        beginning.append(f"ct count over {flows} {_REFUSE}")
     return _RULESET.format(table=TABLE, size=capacity, most_shares=_MOST_SHARES, mapped=_MAPPED,
                            join=_JOIN, relayed=_RELAYED[terms.relay],
                            beginning="\n        ".join(beginning),
