@@ -34,7 +34,7 @@ walkthrough: kernel ## the path manager in the kernel, live, with a client in a 
 	@$(SUDO) $(BIN)/detour-lab walkthrough --output walkthrough
 
 test: venv ## run the unit tests and the tests on network namespaces
-	@$(SUDO) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider)
+	@$(SUDO) $(BIN)/pytest --numprocesses 3 $(if $(SUDO),-p no:cacheprovider)
 
 lint: venv ## ruff, mypy --strict, ansible-lint, yamllint; roles' documents and defaults
 	@$(BIN)/ruff check src tests kernel $(KERNEL_SCRIPTS) roles $(PROGRAMS)
