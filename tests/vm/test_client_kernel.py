@@ -308,6 +308,54 @@ def test_lost_events_lead_to_a_fresh_look(ready_lab: GuestLab, start: Start, hol
     assert daemon.matching("more events than we could read")
 
 
+_ONLY_OURS = """
+table inet firewall {
+    chain forward {
+        type filter hook forward priority filter; policy drop;
+        ct label 97 counter accept
+        counter comment "dropped"
+    }
+}
+table ip published {
+    chain prerouting {
+        type nat hook prerouting priority dstnat; policy accept;
+        tcp dport 2222 dnat to 10.0.3.2:5001
+    }
+}
+"""
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+def test_a_firewall_lets_mapped_flows_pass_by_their_label(lab: GuestLab, start: Start,
+                                                          backend: str):
+    """And nothing else that is translated; the kernel must have conntrack labels."""
+    client, detour = lab.host("client"), lab.host("detour")
+
+    def connects(port: int) -> bool:
+        done = client.run(["curl", "-s", "--max-time", 3, "-w", "%{num_connects}",
+                           f"http://{detour.address}:{port}/"], check=False)
+        assert done.returncode == 28  # nobody answers there, connected or not
+        return done.stdout == "1"
+
+    detour.run(["nft", "-f", "-"], input=_ONLY_OURS)
+    try:
+        start(lab.host("server"), program("sink", PORT), "ready")
+        # The host's own firewall is to drop what is not ours, and not the server.
+        server = start(detour, ["detour-server", "--backend", backend, "--router", "yes", "--relay",
+                                "tcp", "--allow-remote", "10.0.0.0/8"], "serving on")
+        client.run(["detour-client", "request", detour.address, REMOTE])
+        assert connects(PORT)
+        assert not connects(2222)
+        rules = detour.run(["nft", "list", "table", "inet", "firewall"]).stdout
+        passed, dropped = map(int, re.findall(r"counter packets (\d+)", rules))
+        assert passed >= 3
+        assert dropped >= 1
+        assert not server.matching("labels|not limited|drops detoured packets")
+        assert server.stop() == 0
+    finally:
+        detour.run(["nft", "delete table inet firewall; delete table ip published"])
+
+
 def test_sysctls_are_put_back(lab: GuestLab, start_client: Start):
     client = lab.host("client")
     assert sysctls(client) == UNTOUCHED
