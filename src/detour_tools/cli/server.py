@@ -184,17 +184,19 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _all_mappings() -> list[dict[str, Any]]:
     mappings: list[dict[str, Any]] = []
-    after: int | None = 0
-    while after is not None:
-        page = control.call(PROGRAM, "list", after=after)
+    place = {"after": 0}
+    while True:
+        page = control.call(PROGRAM, "list", **place)
         with control.understood(PROGRAM):
             if not isinstance(page["mappings"], list):
                 raise TypeError("no list")
             mappings += page["mappings"]
-            before, after = after, page["next"]
-            if after is not None and after <= before:
+            after, until = page["next"], page["until"]
+            if after is None:
+                return mappings
+            if not place["after"] < after <= until <= place.get("until", until):
                 raise ValueError("the pages do not end")
-    return mappings
+        place = {"after": after, "until": until}
 
 
 def _flush(arguments: argparse.Namespace) -> None:

@@ -29,16 +29,21 @@ class Commands:
         self._upkeep = upkeep
 
     async def list(self, request: dict[str, Any]) -> dict[str, Any]:
-        """A page of the mappings, those after serial number ``after``."""
+        """A page of the mappings, those after serial number ``after``, up to ``until``.
+
+        Without ``until``, and so on the first page, it is the newest mapping's; each page tells it.
+        """
         # By pages: the answer with all of them would keep requests waiting.
         after = request.get("after", 0)
-        if not isinstance(after, int):
-            raise UserError("'after' must be a number")
+        # What is made while somebody lists is not listed, or the list might never end.
+        until = request.get("until", self._keeper.table.newest)
+        if not isinstance(after, int) or not isinstance(until, int):
+            raise UserError("'after' and 'until' must be numbers")
         if after == 0:
             with contextlib.suppress(OSError):  # it is as it was at the last sweep then
                 await self._upkeep.note_flows()
         now = time.monotonic()
-        page = list(islice(self._keeper.table.entries(after), _PAGE))
+        page = list(islice(self._keeper.table.entries(after, until), _PAGE))
         return {
             "mappings": [{
                 "client": inet_ntoa(entry.key[:4]),  # a fifth of what str() takes
@@ -47,6 +52,7 @@ class Commands:
                 "unused_s": round(now - entry.last_used, 1),
             } for entry in page],
             "next": page[-1].serial if len(page) == _PAGE else None,
+            "until": until,
         }
 
     async def flush(self, request: dict[str, Any]) -> dict[str, Any]:

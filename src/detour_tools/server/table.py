@@ -7,6 +7,7 @@ it proposes no port; it proposes one that cannot be had; it gets what it asked f
 
 import enum
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -116,9 +117,14 @@ class MappingTable:
         """All mappings, oldest first; the table must not change meanwhile."""
         return (entry.mapping for entry in self._by_remote.values())
 
-    def entries(self, after: int = 0) -> Iterator[Entry]:
-        """The entries whose serial is above ``after``, oldest first."""
-        return (entry for entry in self._by_remote.values() if entry.serial > after)
+    @property
+    def newest(self) -> int:
+        """The highest serial in the table, 0 when it is empty."""
+        return next(reversed(self._by_remote.values())).serial if self._by_remote else 0
+
+    def entries(self, after: int = 0, until: float = math.inf) -> Iterator[Entry]:
+        """The entries whose serial is above ``after`` and up to ``until``, oldest first."""
+        return (entry for entry in self._by_remote.values() if after < entry.serial <= until)
 
     def request(self, client: IPAddress, remote: Endpoint, proposed: int, now: float,
                 forbidden: Callable[[int], bool]) -> Decision:
