@@ -100,6 +100,22 @@ def test_stopping_leaves_forwarding_to_others_who_came(lab, start_server, who):
     assert not [path.name for path in folder.glob("*") if path.suffix != ".lock"]
 
 
+@pytest.mark.parametrize("rule", [
+    ["iptables-nft", "-A", "FORWARD", "-j", "DROP"],
+    ["iptables-nft", "-A", "FORWARD", "-m", "connlabel", "--label", "97", "-j", "ACCEPT"],
+    ["iptables-legacy", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP"],
+    ["nft", "add table ip fw; add chain ip fw f { type filter hook forward priority 0; }; "
+            "add rule ip fw f ct state established accept"],
+])
+def test_a_first_rule_that_lets_nobody_through_keeps_no_forwarding(lab, start_server, rule):
+    detour = lab.host("detour")
+    server = start_server(detour, *PRIVATE)
+    detour.run(rule)
+    assert server.stop() == 0
+    assert not is_on(detour)
+    assert not server.matching("stays 1")
+
+
 def test_stopping_takes_forwarding_from_those_who_had_none(lab, start_server, backend):
     detour = lab.host("detour")
     for command, _ in OTHERS.values():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from detour_tools.firewall import judge, legacy, nft
+from detour_tools.firewall import forwarders, judge, legacy, nft
 
 RULESETS = Path(__file__).parent / "rulesets"
 # Rules as nft 1.0.6 printed them in JSON, by what it was told.
@@ -213,7 +213,7 @@ def read(name):
     printed = RULESETS / f"{name}.iptables"
     more = legacy.chains(printed.read_text(), "iptables-nft") if printed.exists() else []
     tables = nft.xtables(objects)
-    return texts([*nft.chains(objects, without=tables), *more], ())
+    return [*nft.chains(objects, without=tables), *more]
 
 
 @pytest.mark.parametrize(("name", "said"), [
@@ -236,7 +236,45 @@ def read(name):
 ])
 def test_what_others_make(name, said):
     """Rule sets of their shapes, loaded by nft 1.0.6 and iptables-nft, and listed."""
-    assert read(name) == said
+    assert texts(read(name), ()) == said
+
+
+@pytest.mark.parametrize(("name", "relying"), [
+    ("debian", {"inet filter forward"}), ("docker", {"ip filter FORWARD"}), ("firewalld", set()),
+    ("libvirt", {"ip libvirt_network forward"}), ("ufw", set()), ("latin1", set())])
+def test_who_relies_on_forwarding(name, relying):
+    assert forwarders.letting_through(read(name)) == relying
+
+
+@pytest.mark.parametrize(("rules", "relies"), [
+    (("-j DROP",), False),
+    (("-j DOCKER",), False),
+    (("-m conntrack --ctstate INVALID -j DROP",), False),
+    (("-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",), False),
+    (('-m connlabel --label "97" -m comment --comment "detour-tools: mapped flows" -j ACCEPT',),
+     False),
+    (("-m conntrack --ctstate DNAT -j ACCEPT",), False),
+    (("-p icmp -j ACCEPT",), False),
+    (("-j LOG", "-j RETURN", "-j ACCEPT"), False),
+    (("-j X", "-j ACCEPT"), False),
+    (("-i eth9 -j X", "-j ACCEPT"), True),
+    (("-j DETOUR-FORWARD", "-p udp -j ACCEPT"), True),
+    (("-i docker0 -j ACCEPT",), True),
+    (("-m set --match-set inside src -j ACCEPT",), True),
+])
+def test_which_rules_tell_that_somebody_relies_on_forwarding(rules, relies):
+    lines = ["-P FORWARD ACCEPT", "-N X", "-N DETOUR-FORWARD", "-A X -j DROP",
+             *(f"-A FORWARD {rule}" for rule in rules)]
+    found = forwarders.letting_through(legacy.chains("\n".join(lines), "iptables-nft"))
+    assert found == ({"ip filter FORWARD"} if relies else set())
+
+
+def test_our_own_translation_is_nobodys():
+    lines = ("-A POSTROUTING -j DETOUR-POSTROUTING",
+             "-A DETOUR-POSTROUTING -s 10.0.0.1/32 -j MASQUERADE",
+             "-A DETOUR-NONE -s 10.0.0.1/32 -j MASQUERADE")
+    assert forwarders.translating_by_iptables("\n".join(lines), "iptables-legacy", "nat") == {
+        "iptables-legacy nat DETOUR-NONE"}
 
 
 def test_elements_with_comments():

@@ -70,6 +70,11 @@ def judge(chain: Chain, packet: Packet) -> Iterator[Finding]:
                       f"allow them with: {_cure(chain, packet)}", True, chain)
 
 
+def may_accept(chain: Chain, packet: Packet) -> bool:
+    """Whether a rule of this base chain, not its policy, accepts the packet or may do so."""
+    return bool(_accepting(chain, chain, packet))
+
+
 def findings(chains: list[Chain], port: int, sources: Iterable[IPv4Network]) -> list[Finding]:
     """All that stands in the way of mapped flows, and of requests to the UDP ``port``.
 
@@ -120,6 +125,24 @@ def _walk(chain: Chain, base: Chain, packet: Packet, certain: bool, via: Rule | 
         if sure and how == "return":
             return False
     return False
+
+
+def _accepting(chain: Chain, base: Chain, packet: Packet, depth: int = 0) -> bool | None:
+    """Whether a rule may accept it; None where it passes through, False where it is dropped."""
+    for rule in chain.rules if depth <= _DEPTH else ():
+        met = _all(packet.meets(condition) for condition in rule.conditions)
+        if met is False:
+            continue
+        how, _, target = rule.verdict.partition(" ")
+        if how == "accept":
+            return True
+        if target in base.siblings:
+            found = _accepting(base.siblings[target], base, packet, depth + 1)
+            if found or (met and (found is False or how == "goto")):
+                return found
+        elif met and how in ("drop", "return"):
+            return False if how == "drop" else None
+    return None
 
 
 def _all(found: Iterable[bool | None]) -> bool | None:

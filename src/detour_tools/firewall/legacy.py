@@ -19,7 +19,7 @@ _PORTS = ("--dport", "--dports")
 # Modules whose options say all that they ask for.
 _MODULES = frozenset({"tcp", "udp", "icmp", "multiport", "conntrack", "state", "comment",
                       "connlabel", "addrtype", "pkttype"})
-_OURS = (PREROUTING, POSTROUTING, FORWARD)
+OURS = (PREROUTING, POSTROUTING, FORWARD)
 _VERDICTS = {"ACCEPT": "accept", "DROP": "drop", "REJECT": "drop", "RETURN": "return",
              "NOTRACK": "notrack"}
 
@@ -40,7 +40,7 @@ def chains(text: str, tool: str, table: str = "filter") -> list[Chain]:
             words = shlex.split(line)
         except ValueError:  # part of a rule whose comment has line breaks
             continue
-        if words[-1:] and words[-1] in _OURS:  # what these drop is meant to be dropped
+        if words[-1:] and words[-1] in OURS:  # what these drop is meant to be dropped
             continue
         if len(words) > 1 and words[0] in ("-P", "-N"):
             name = words[1]

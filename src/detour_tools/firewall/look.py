@@ -5,7 +5,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -80,26 +80,22 @@ def relying() -> set[str]:
     """The chains of others that rely on this host's forwarding. Blocks; raises OSError, ValueError.
     """
     objects = nft.parse(ruleset())
-    found = forwarders.of_nft(objects)
-    tables = {"iptables-nft": nft.xtables(objects)}
+    found = forwarders.letting_through(chains_of(objects)[0]) | forwarders.translating(objects)
     with contextlib.suppress(PermissionError):
-        tables["iptables-legacy"] = _loaded(("nat", "filter"))
-    for tool, names in tables.items():
-        for table in names:
-            if table in ("nat", "filter") and (text := _iptables(tool, table)) is not None:
-                found |= forwarders.of_iptables(text, tool, table)
+        for tool, table, text in listings(objects, ("nat",)):
+            found |= forwarders.translating_by_iptables(text, tool, table)
     return found
 
 
-def listings(objects: list[dict[str, Any]], *, everything: bool = False
-             ) -> Iterator[tuple[str, str, str]]:
-    """Each table that a variant of iptables has here: the variant, the table, ``-S`` of it.
+def listings(objects: list[dict[str, Any]], wanted: Collection[str] = _TABLES, *,
+             everything: bool = False) -> Iterator[tuple[str, str, str]]:
+    """Each ``wanted`` table that a variant of iptables has here: variant, table, ``-S`` of it.
 
     ``everything``: also the tables of iptables-nft without any rule that nft cannot show.
     """
     def each(tool: str, tables: list[str]) -> Iterator[tuple[str, str, str]]:
-        for table in tables:
-            if table in _TABLES and (text := _iptables(tool, table)) is not None:
+        for table in wanted:
+            if table in tables and (text := _iptables(tool, table)) is not None:
                 yield tool, table, text
     yield from each("iptables-nft", nft.xtables(objects, everything=everything))
     yield from each("iptables-legacy", _loaded())
@@ -119,11 +115,10 @@ def ruleset() -> bytes:
     return run(["nft", "-j", "-a", "-t", "list", "ruleset"])
 
 
-def _loaded(wanted: Iterable[str] = _TABLES) -> list[str]:
+def _loaded() -> list[str]:
     # Without this a mere look would load the legacy tables into the kernel.
     with contextlib.suppress(FileNotFoundError):
-        names = _LEGACY_TABLES.read_text(encoding="ascii").split()
-        return [table for table in wanted if table in names]
+        return _LEGACY_TABLES.read_text(encoding="ascii").split()
     return []
 
 

@@ -12,7 +12,7 @@ from detour_tools.firewall.judge import Chain, Rule
 from detour_tools.firewall.packet import Condition
 from detour_tools.nat.base import TABLE
 
-_OURS = ("ip", TABLE)
+OURS = ("ip", TABLE)
 # What iptables-nft makes, as it names its tables and chains.
 _XTABLES = ("raw", "mangle", "nat", "filter", "security")
 _STATEMENTS = frozenset({"counter", "log", "comment"})
@@ -50,7 +50,7 @@ def chains(objects: list[dict[str, Any]], without: list[str] | None = None) -> l
     found = []
     for what in _each(objects, "chain"):
         family, table, name = what["family"], what["table"], what["name"]
-        if (family not in ("ip", "inet") or (family, table) == _OURS
+        if (family not in ("ip", "inet") or (family, table) == OURS
                 or (family == "ip" and table in (without or ()))):
             continue
         siblings = tables.setdefault((family, table), {})

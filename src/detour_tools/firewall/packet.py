@@ -110,6 +110,16 @@ def mapped() -> Packet:
                    "ct label": frozenset({LABEL})})
 
 
+def passing(protocol: str) -> Packet:
+    """The first packet of a flow that the host forwards as a router, and that is not mapped."""
+    number = {"tcp": 6, "udp": 17}[protocol]
+    named: frozenset[Any] = frozenset({protocol, number})
+    return Packet(
+        "forwarded packets", {}, protocol,
+        _MAPPED | {"meta l4proto": named, "ip protocol": named, "ct state": frozenset({"new"}),
+                   "ct status": frozenset(), "ct label": frozenset()})
+
+
 def arriving() -> Packet:
     """The same packet when it comes in: neither tracked nor translated yet."""
     return Packet(
