@@ -84,11 +84,12 @@ class BorrowedSysctls:
             log.warning("%s names what this program never sets (%a and so on): that is left alone",
                         journal, foreign[0][:80])
 
-    def set(self, name: str, value: str, resets: Mapping[str, str] | None = None) -> None:
+    def set(self, name: str, value: str, resets: Mapping[str, str] | None = None,
+            was: str | None = None) -> None:
         """Set a sysctl, remembering what it was; raises UserError.
 
-        ``resets`` are others that the kernel changes along with this one, and what it sets them to
-        when this one is put back.
+        ``was``: what to remember instead. ``resets`` are others that the kernel changes along with
+        this one, and what it sets them to when this one is put back.
         """
         current = read(name)
         if current is None:
@@ -98,7 +99,7 @@ class BorrowedSysctls:
             before = None  # somebody else has changed it since
         if before is None and current == value:
             return
-        self._borrowed[name] = (before[0] if before else current, value)
+        self._borrowed[name] = (before[0] if before else was or current, value)
         if before is None:
             # Put back after this one.
             for other, reset in (resets or {}).items():
@@ -109,9 +110,9 @@ class BorrowedSysctls:
         write(name, value)
 
     def found(self, name: str) -> str | None:
-        """What a sysctl was that is ours now; None when it is as it was."""
+        """What a sysctl was that is ours now; None where we, or others since, left it as it is."""
         before = self._borrowed.get(name)
-        return before[0] if before else None
+        return before[0] if before and read(name) in before else None
 
     def hold(self, wanted: Mapping[str, str]) -> None:
         """Set these, and put back what a program that was killed had set besides.

@@ -34,8 +34,8 @@ def test_forwarding_that_somebody_switches_off_comes_back(lab, serve, asker):
     server = serve()
     flow = Flow(lab.host("client"), detour.address, asker.ask("10.0.3.2:80", 80))
     switch(detour, "net.ipv4.ip_forward", 0)
-    server.wait_line("ip_forward was switched off by somebody else: switched on again", 4)
-    until("forwarding", lambda: is_on(detour), 1.0)
+    server.wait_line("ip_forward was switched off by somebody else: switched on again", 10)
+    until("forwarding", lambda: is_on(detour))
     assert flow.echo()
     assert said(detour, "somebody else switched net.ipv4.ip_forward off")
     assert asking.status(detour)["policy"]["router"] is False
@@ -43,19 +43,60 @@ def test_forwarding_that_somebody_switches_off_comes_back(lab, serve, asker):
     assert not is_on(detour), "what stood before the server is put back"
 
 
-def test_who_switches_it_off_again_and_again_has_his_way(lab, start_server):
+@pytest.mark.parametrize("was", ["0", "1"])
+def test_what_others_switch_makes_no_router_and_ends_none(lab, start_server, was):
+    """The server's own switching on again is not what it, or the next one, found."""
     detour = lab.host("detour")
+    switch(detour, "net.ipv4.ip_forward", was)
+    server = start_server(detour, *PRIVATE)
+    for _ in range(2):
+        switch(detour, "net.ipv4.ip_forward", 0)
+        until("forwarding", lambda: is_on(detour))
+        switch(detour, "net.ipv4.ip_forward", 1)  # as who restarts the network's service
+        server.kill()
+        server = start_server(detour, *PRIVATE)
+        assert asking.status(detour)["policy"]["router"] is (was == "1")
+    switch(detour, "net.ipv4.ip_forward", 0)
+    until("forwarding", lambda: is_on(detour))
+    assert server.stop() == 0
+    assert asking.forwarding(detour) == was
+    assert bool(server.matching("ip_forward stays 1, as it was when the server came")) is (
+        was == "1")
+    with namespaces.inside(detour.namespace):
+        folder = runtime.directory("detour-server")
+    assert not [path.name for path in folder.glob("*") if path.suffix != ".lock"]
+
+
+def test_a_router_that_others_ended_between_two_servers_is_none(lab, start_server):
+    detour = lab.host("detour")
+    switch(detour, "net.ipv4.ip_forward", 1)
+    server = start_server(detour, *PRIVATE)
+    switch(detour, "net.ipv4.ip_forward", 0)
+    until("forwarding", lambda: is_on(detour))
+    server.kill()
+    switch(detour, "net.ipv4.ip_forward", 0)
+    server = start_server(detour, *PRIVATE)
+    assert asking.status(detour)["policy"]["router"] is False
+    assert server.stop() == 0
+    assert not is_on(detour)
+
+
+@pytest.mark.parametrize("was", ["0", "1"])
+def test_who_switches_it_off_again_and_again_has_his_way(lab, start_server, was):
+    detour = lab.host("detour")
+    switch(detour, "net.ipv4.ip_forward", was)
     server = start_server(detour, *PRIVATE)
     for _ in range(3):
         switch(detour, "net.ipv4.ip_forward", 0)
-        until("forwarding", lambda: is_on(detour), 5.0)
+        until("forwarding", lambda: is_on(detour))
     switch(detour, "net.ipv4.ip_forward", 0)
-    server.wait_line("off again and again: it is left off", 5)
+    server.wait_line("off again and again: it is left off", 10)
     assert not is_on(detour)
     assert said(detour, "off again and again: it is left off")
     switch(detour, "net.ipv4.ip_forward", 1)
-    server.wait_line("no longer so: .*again and again", 5)
+    server.wait_line("no longer so: .*again and again", 10)
     assert server.stop() == 0
+    assert asking.forwarding(detour) == was, "whoever switches it on does so for the server, too"
 
 
 def test_an_interface_that_does_not_forward_is_said(lab, start_server):
@@ -65,10 +106,10 @@ def test_an_interface_that_does_not_forward_is_said(lab, start_server):
     server = start_server(detour, *PRIVATE)
     assert asking.status(detour)["warnings"] == []
     switch(detour, setting, 0)
-    server.wait_line(f"{setting} is 0: what comes in on", 5)
+    server.wait_line(f"{setting} is 0: what comes in on", 10)
     assert said(detour, f"sysctl -w {setting}=1")
     switch(detour, setting, 1)
-    server.wait_line("no longer so: ", 5)
+    server.wait_line("no longer so: ", 10)
     assert asking.status(detour)["warnings"] == []
 
 

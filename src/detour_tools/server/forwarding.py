@@ -26,7 +26,12 @@ log = logging.getLogger(__name__)
 
 
 class ForwardingSwitch:
-    """``net.ipv4.ip_forward``, and what the kernel changes along with it."""
+    """``net.ipv4.ip_forward``, and what the kernel changes along with it.
+
+    What it was when the first server came, killed ones among them, says whether the host is a
+    router, and is put back. Others may switch it off and on meanwhile: once it is on again by us
+    nobody can tell whether they have switched it on, too.
+    """
 
     def __init__(self, program: str) -> None:
         self._sysctls = BorrowedSysctls(runtime.directory(program) / f"{program}.sysctls", _NAMES)
@@ -35,13 +40,18 @@ class ForwardingSwitch:
         # When it was switched on again, seconds of the monotonic clock.
         self._again: list[float] = []
         self._given_up = False
+        self._was_on = (self._sysctls.found(FORWARDING) or sysctl.read(FORWARDING)) == "1"
 
     def was_on(self) -> bool:
         """Whether it was on, before this server or those before it that were killed."""
-        return (self._sysctls.found(FORWARDING) or sysctl.read(FORWARDING)) == "1"
+        return self._was_on
 
     def on(self) -> None:
         """Switch it on, remembering what was; raises UserError."""
+        if self._was_on:
+            # So that a server after us does not take what others did meanwhile for what was.
+            self._sysctls.set(FORWARDING, "1", was="1")
+            return
         if self._sysctls.found(FORWARDING) is None and sysctl.read(FORWARDING) == "0":
             self._remember()
         # See inet_forward_change() in the kernel's net/ipv4/devinet.c.
@@ -77,8 +87,11 @@ class ForwardingSwitch:
 
     def put_back(self) -> None:
         """Leave it as it was found, unless somebody else has changed it, or relies on it, since."""
-        came = self._came() if (self._sysctls.found(FORWARDING) == "0"
-                                and sysctl.read(FORWARDING) == "1") else []
+        found = self._sysctls.found(FORWARDING) if sysctl.read(FORWARDING) == "1" else None
+        if found == "1":
+            log.warning("%s stays 1, as it was when the server came, though somebody else switched "
+                        "it off since", FORWARDING)
+        came = self._came() if found == "0" else []
         if came:
             log.warning("%s stays 1, though it was 0 before: since then others came who rely on "
                         "it (chain %s)", FORWARDING, ", ".join(came))
