@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sends datagrams that must make no mapping: python -m tests.netns.flood DETOUR SEED RATE
+"""Sends datagrams that must make no mapping: python -m tests.netns.flood DETOUR SEED [PID]
 
-Random bytes, damaged requests, and well-formed requests for what is never allowed; RATE a second,
-0 for as fast as it goes; until it is stopped.
+Random bytes, damaged requests, and well-formed requests for what is never allowed, until it is
+stopped: as fast as it goes, or as fast as the server of that PID takes them, so that none is lost.
 """
 
 import itertools
@@ -11,10 +11,15 @@ import socket
 import struct
 import sys
 import time
+from pathlib import Path
 
 from detour_tools import mproxy
 
 _DISTINCT = 20_000
+_BURST = 100
+# In bytes of the kernel's bookkeeping, 768 of a small datagram; the server has room for 16 times
+# as much.
+_WAITING = 1 << 20
 _REQUEST = struct.Struct("!BBH4sHH")
 
 
@@ -45,7 +50,14 @@ def is_harmless(datagram: bytes) -> bool:
     return address.is_multicast or not address.is_global
 
 
-def main(detour: str, seed: str, rate: str) -> None:
+def waiting(table: Path) -> int:
+    """How much waits in the server's socket; ``table`` is a /proc/net/udp (proc(5))."""
+    fields = [line.split() for line in table.read_text(encoding="ascii").splitlines()[1:]]
+    return sum(int(each[4].partition(":")[2], 16) for each in fields
+               if int(each[1].partition(":")[2], 16) == mproxy.PORT)
+
+
+def main(detour: str, seed: str, pid: str = "") -> None:
     source = random.Random(int(seed))
     pool: list[bytes] = []
     while len(pool) < _DISTINCT:
@@ -55,11 +67,10 @@ def main(detour: str, seed: str, rate: str) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as connection:
         connection.connect((detour, mproxy.PORT))
         send = connection.send
-        start = time.monotonic()
         for number in itertools.count():
             send(pool[number % _DISTINCT])
-            if rate != "0" and number % 100 == 0:
-                time.sleep(max(0.0, start + number / int(rate) - time.monotonic()))
+            while pid and number % _BURST == 0 and waiting(Path(f"/proc/{pid}/net/udp")) > _WAITING:
+                time.sleep(0.001)
 
 
 if __name__ == "__main__":
