@@ -74,7 +74,7 @@ class Asker:
         self.send_request(remote, proposed)
         self.send_request(SENTINEL, 0)
         got = []
-        for answer in self.answers(2.0):
+        for answer in self.answers(10.0):
             got.append(answer.remote)
             if answer.remote == SENTINEL:
                 return _endpoint(remote) not in got
@@ -227,7 +227,7 @@ def route_through_the_detour(lab: Lab) -> None:
     r3.run(["ip", "route", "add", "default", "via", "10.0.6.2", "table", "100"])
 
 
-def in_time(what: str, conditions: Iterable[object], timeout: float = 10.0) -> None:
+def in_time(what: str, conditions: Iterable[object], timeout: float = 30.0) -> None:
     """Look again and again (each look is an item) until one is true."""
     deadline = time.monotonic() + timeout
     for found in conditions:
@@ -235,3 +235,4 @@ def in_time(what: str, conditions: Iterable[object], timeout: float = 10.0) -> N
             return
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
         time.sleep(0.02)
+    raise AssertionError(f"not after so many looks: {what}")

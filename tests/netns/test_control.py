@@ -166,7 +166,7 @@ asyncio.run(main())
                              '"connections": []}}'),
 ])
 def test_an_answer_that_lacks_something_is_one_line(stand_in, command, answer):
-    done = stand_in(command.split()[0], answer).run(command.split(), check=False, timeout=20)
+    done = stand_in(command.split()[0], answer).run(command.split(), check=False, timeout=60)
     assert done.returncode == 1
     assert done.stdout == ""
     [line] = done.stderr.splitlines()

@@ -18,6 +18,8 @@ from tests.netns.conftest import traces
 
 LAB_IS_BUILT = "A server that speaks"
 PROGRAMS_RUN = "$ curl http://server/file"
+# What hangs does so for ever; a busy machine takes its time to take a lab down.
+END_SECONDS = 120
 
 
 def shown(name: str, folder: Path) -> list[object]:
@@ -66,7 +68,7 @@ def test_interrupted(name: str, tmp_path: Path, moment: str, signum: int, status
         # As a terminal does it, the whole group is told; and then once more, by an impatient user.
         os.killpg(process.pid, signum)
         os.killpg(process.pid, signum)
-        _, complaint = process.communicate(timeout=20)
+        _, complaint = process.communicate(timeout=END_SECONDS)
     assert (process.returncode, complaint) == (status, "")
     assert traces(name) == []
     assert not (tmp_path / "demo").exists()
@@ -75,11 +77,11 @@ def test_interrupted(name: str, tmp_path: Path, moment: str, signum: int, status
 def test_after_sigkill_the_next_start_cleans_up(name: str, tmp_path: Path):
     with running(PROGRAMS_RUN, *shown(name, tmp_path)) as process:
         process.kill()
-        process.communicate(timeout=10)
+        process.communicate(timeout=END_SECONDS)
     assert traces(name)
     with running(PROGRAMS_RUN, *shown(name, tmp_path)) as process:
         process.send_signal(signal.SIGINT)
-        told, complaint = process.communicate(timeout=20)
+        told, complaint = process.communicate(timeout=END_SECONDS)
     assert (process.returncode, complaint) == (130, "")
     assert "everything is down again" in told
     assert traces(name) == []
@@ -95,7 +97,7 @@ def test_a_program_that_dies_is_told_in_one_line(name: str, tmp_path: Path, host
         victim = next(int(pid) for pid in found
                       if program in Path(f"/proc/{pid}/cmdline").read_text(encoding="ascii"))
         os.kill(victim, signal.SIGKILL)
-        _, complaint = process.communicate(timeout=20)
+        _, complaint = process.communicate(timeout=END_SECONDS)
     assert process.returncode == 1
     assert complaint.startswith(f"detour-lab: {program} on {host} ended with status -9 (")
     assert complaint.count("\n") == 1
@@ -124,7 +126,7 @@ def test_two_demos_at_once(name: str, tmp_path: Path):
         assert (second.returncode, second.stderr) == (
             1, f"detour-lab: a demo is running on the lab '{name}' already\n")
         first.send_signal(signal.SIGTERM)
-        first.communicate(timeout=20)
+        first.communicate(timeout=END_SECONDS)
     wait_for(lambda: not traces(name))
 
 

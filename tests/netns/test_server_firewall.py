@@ -32,10 +32,10 @@ def test_a_chain_that_begins_to_drop_is_said(lab, start_server, backend, what):
     server.wait_line("serving")
     assert asking.status(detour)["warnings"] == []
     detour.run(["nft", "-f", "-"], input=f"table inet fw {{ chain late {text}; }}")
-    server.wait_line(words, timeout=12)
+    server.wait_line(words, timeout=30)
     assert said(detour, words)
     detour.run(["nft", "delete", "table", "inet", "fw"])
-    server.wait_line("no longer so: .*" + words, timeout=12)
+    server.wait_line("no longer so: .*" + words, timeout=30)
     assert asking.status(detour)["warnings"] == []
 
 
@@ -108,4 +108,4 @@ def test_other_clients_after_a_reload_are_looked_at(lab, start_server, tmp_path)
     assert asking.status(detour)["warnings"] == []
     config.write_text('allow-client = ["10.0.1.0/24", "192.0.2.0/24"]\n')
     server.process.send_signal(signal.SIGHUP)
-    server.wait_line("clients' requests from 192.0.2.0/24 will be dropped", timeout=12)
+    server.wait_line("clients' requests from 192.0.2.0/24 will be dropped", timeout=30)

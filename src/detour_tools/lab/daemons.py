@@ -18,11 +18,14 @@ from detour_tools.lab import namespaces
 from detour_tools.lab.network import Host, environment
 
 POLL_SECONDS = 0.01
+# Waiting costs nothing where the machine is not busy.
+PATIENCE_SECONDS = 30.0
 
 Found = TypeVar("Found")
 
 
-def wait_for(condition: Callable[[], object], timeout: float = 10.0, what: str = "") -> None:
+def wait_for(condition: Callable[[], object], timeout: float = PATIENCE_SECONDS,
+             what: str = "") -> None:
     """Return as soon as ``condition()`` is true; raises TimeoutError after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -74,20 +77,20 @@ class Daemon:
         """The lines in which ``pattern`` (a regular expression) is found."""
         return [line for line in self.lines if re.search(pattern, line)]
 
-    def wait_line(self, pattern: str, timeout: float = 10.0) -> str:
+    def wait_line(self, pattern: str, timeout: float = PATIENCE_SECONDS) -> str:
         """The first line in which ``pattern`` is found, as soon as there is one.
 
         Raises UserError when the program ends before, or after ``timeout`` seconds.
         """
         return self.wait_until(lambda: self.matching(pattern), f"'{pattern}'", timeout)[0]
 
-    def wait_control_socket(self, timeout: float = 10.0) -> None:
+    def wait_control_socket(self, timeout: float = PATIENCE_SECONDS) -> None:
         """Wait until the program (one of ours) answers on its control socket."""
         with namespaces.inside(self.host.namespace):
             path = control.socket_path(self.name)
         self.wait_until(lambda: _accepts(path), "its control socket", timeout)
 
-    def wait_listening(self, port: int, timeout: float = 10.0) -> None:
+    def wait_listening(self, port: int, timeout: float = PATIENCE_SECONDS) -> None:
         """Wait until something on the host listens on the TCP port."""
         query = ["ss", "-Hltn", f"sport = :{port}"]
         self.wait_until(lambda: self.host.run(query).stdout, f"that it listens on {port}", timeout)
