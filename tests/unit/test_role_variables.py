@@ -3,15 +3,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+
+from detour_tools.client.settings import ClientSettings
+from detour_tools.server.settings import RELOADABLE, Settings
 
 ROOT = Path(__file__).parents[2]
 _FILTER = ROOT / "roles/supported/filter_plugins/detour_variables.py"
@@ -48,6 +53,36 @@ def test_all_that_the_project_sets_itself_is_known(program: ModuleType) -> None:
     for path in [*ROOT.glob("inventories/**/*.yml"), *ROOT.glob("molecule/**/*_vars/*.yml")]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert program.misspelt(content or []) == [], path
+
+
+@pytest.mark.parametrize(("role", "settings", "others"), [
+    # The others have the same default.
+    ("detour_server", Settings, {"allow_client", "own_address"}),
+    ("detour_client", ClientSettings, {"detours"})])
+def test_each_setting_is_a_variable_of_the_role(role: str, settings: type,
+                                                others: set[str]) -> None:
+    folder = ROOT / "roles" / role
+    options = yaml.safe_load((folder / "meta/argument_specs.yml").read_text(encoding="utf-8"))[
+        "argument_specs"]["main"]["options"]
+    [template] = [path.read_text(encoding="utf-8")
+                  for path in (folder / "templates").glob("*.toml.j2")]
+    kinds = get_type_hints(settings)
+    for field in fields(settings):
+        option = options[f"{role}_{field.name}"]
+        assert re.search(rf"^{field.name.replace('_', '-')} = ", template, re.MULTILINE)
+        if get_origin(kinds[field.name]) is Literal:
+            assert tuple(option["choices"]) == get_args(kinds[field.name])
+        if field.name not in others:
+            wanted = list(field.default) if isinstance(field.default, tuple) else (
+                "" if field.default is None else field.default)
+            assert option["default"] == wanted, field.name
+
+
+def test_what_no_reload_changes_restarts_the_server() -> None:
+    unit = (ROOT / "roles/detour_server/templates/detour-server.service.j2").read_text()
+    [named] = re.findall(r"^X-Restart-For={{ \[(.*)\]", unit, re.MULTILINE)
+    assert {name.removeprefix("detour_server_") for name in named.split(", ")} == {
+        field.name for field in fields(Settings)} - set(RELOADABLE)
 
 
 def _play(folder: Path, *arguments: object, **variables: object) -> str:
