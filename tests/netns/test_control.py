@@ -128,6 +128,45 @@ def test_silent_connections_leave_room_for_others(lab, start_server):
     assert "Traceback" not in server.output
 
 
+def test_why_nobody_reads_is_told(listener: socket.socket, monkeypatch):
+    """A daemon that is too busy says so, reads nothing and is gone before it is asked: EPIPE."""
+    gone, check = threading.Event(), control._check_peer
+
+    def refuse() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(b'{"error": "too many ask at once"}\n')
+        gone.set()
+
+    def check_when_gone(*arguments) -> None:
+        check(*arguments)
+        assert gone.wait(30.0)
+
+    monkeypatch.setattr(control, "_check_peer", check_when_gone)
+    threading.Thread(target=refuse, daemon=True).start()
+    with pytest.raises(UserError, match=r"^too many ask at once$"):
+        control.call(PROGRAM, "status")
+
+
+def test_who_hangs_up_before_the_answer_leaves_no_trace(lab, start_server):
+    """Once before it is written, and once in the midst of it."""
+    detour = lab.host("detour")
+    server = start_server(detour)
+    with namespaces.inside(detour.namespace):
+        path = str(control.socket_path("detour-server"))
+    for number in range(100):
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(path)
+            caller.sendall(b'{"command": "status"}\n' * (1 if number % 2 else 1000))
+            if number % 4 > 1:
+                caller.recv(1)
+    asking.in_time("an answer", (
+        detour.run(["detour-server", "status"], check=False).returncode == 0
+        for _ in itertools.count()))
+    assert server.stop() == 0
+    assert not server.matching("Traceback|exception|Broken pipe|reset by peer|never retrieved")
+
+
 @pytest.fixture
 def stand_in(lab, start):
     """A program of ours on the lab's detour that answers so: ``stand_in(program, answer)``."""

@@ -3,13 +3,14 @@
 
 import itertools
 import signal
+import sys
 
 import pytest
 
 from detour_tools.lab.network import Host, Lab
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI
-from tests.netns.conftest import Serve
+from tests.netns.conftest import PLAIN, PRIVATE, Serve, Start
 
 
 @pytest.fixture
@@ -70,6 +71,24 @@ def test_in_all(lab: Lab, detour: Host, serve: Serve, asker: Asker, most: int):
     assert most * 0.7 < len(flows) <= most
     assert asking.status(detour)["refused_flows"] == refused
     assert all(flow.echo() for flow in flows[:10])
+
+
+def test_where_the_kernel_tracks_very_few(lab: Lab, detour: Host, start: Start, asker: Asker,
+                                          tmp_path):
+    """Three quarters of it, which is too few for shares. (The real limit is the whole machine's.)
+    """
+    (tmp_path / "nf_conntrack_max").write_text("20\n")
+    code = ("from pathlib import Path; from detour_tools.nat import base\n"
+            f"base._TRACKED = Path({str(tmp_path / 'nf_conntrack_max')!r})\n"
+            "from detour_tools.cli.server import main; main()")
+    server = start(detour, [sys.executable, "-c", code, *PRIVATE, *PLAIN])
+    server.wait_line("serving")
+    asker.ask("10.0.3.2:80", 80)
+    flows = [Flow(lab.host("client"), detour.address, 80) for _ in range(15)]
+    assert asking.refuses(lab.host("client"), detour.address, 80)
+    assert all(flow.echo() for flow in flows)
+    found = asking.status(detour)
+    assert (found["policy"]["max_flows"], found["refused_flows"]) == (15, 1)
 
 
 def test_by_default_the_host_keeps_a_quarter(detour: Host, serve: Serve):
