@@ -2,13 +2,14 @@
 """A load of MPROXY requests: so many outstanding, each answer replaced by a new request."""
 
 import contextlib
-import gc
 import select
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from detour_tools.server.garbage import no_collections
 
 _REQUEST = struct.Struct("!BBHIHH")
 _TIMEOUT = 1.0  # above what the naive baseline needs for 64 requests
@@ -46,7 +47,7 @@ class Load:
 def ask(sock: socket.socket, detour: tuple[str, int], requests: Sequence[bytes],
         outstanding: int = 64, seconds: float = 60.0) -> Load:
     """Send the requests; begin none after ``seconds``. No answer within 5 s is a loss."""
-    with _quiet():
+    with no_collections():  # which would show as latency
         return _ask(sock, detour, requests, outstanding, seconds)
 
 
@@ -112,13 +113,3 @@ def ask_one(sock: socket.socket, request: bytes) -> float:
         with contextlib.suppress(BlockingIOError):
             if sock.recv(64)[4:10] == request[4:10]:
                 return time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without garbage collection, which would show as latency."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -35,8 +35,10 @@ class Detour:
         self.now += 1.0
         if isinstance(remote, int):
             remote = f"203.0.113.{remote}:80"
-        answer, gone = decide(Request(client, parse_endpoint(remote), proposed),
-                              Facts(route, self.listening), self.table, self.policy, self.now)
+        request = Request(client, parse_endpoint(remote), proposed)
+        standing = self.table.find(client, request.remote)
+        facts = Facts(None, route, self.listening) if standing is None else Facts(standing)
+        answer, gone = decide(request, facts, self.table, self.policy, self.now)
         made_room = "".join(f", for {entry.mapping.client} {entry.mapping.remote.address.packed[3]}"
                             for entry in gone)
         if isinstance(answer, Refusal):
@@ -164,8 +166,10 @@ def test_a_flood_of_forged_clients_costs_nobody_else():
     random = Random(2)
     for number in range(5000):
         forged = ip_address(0x0A000000 + random.randrange(1 << 24))
-        answer, _ = decide(Request(forged, Endpoint(IPv4Address("203.0.113.9"), 80), 0),
-                           Facts(AWAY, frozenset()), detour.table, detour.policy, float(number))
+        remote = Endpoint(IPv4Address("203.0.113.9"), 80)
+        answer, _ = decide(Request(forged, remote, 0),
+                           Facts(detour.table.find(forged, remote), AWAY),
+                           detour.table, detour.policy, float(number))
         assert not isinstance(answer, Refusal)
         if number % 100 == 0:
             client = FAR + number // 100

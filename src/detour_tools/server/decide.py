@@ -11,7 +11,7 @@ from typing import NamedTuple
 from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.route import Route
 from detour_tools.server.policy import Policy, Refusal
-from detour_tools.server.table import Decision, Entry, MappingTable, NoFreePortError
+from detour_tools.server.table import Decision, Entry, MappingTable, NoFreePortError, Outcome
 
 
 class Request(NamedTuple):
@@ -22,12 +22,18 @@ class Request(NamedTuple):
     proposed: int
 
 
+_NOT_ASKED = Route(local=False, broadcast=False, on_link=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the host says: its route to the remote, and the TCP ports it listens on."""
+    """What is known: the mapping that the client has to the remote (``standing``), else what the
+    host says: its route to the remote, and the TCP ports it listens on.
+    """
 
-    route: Route
-    listening: frozenset[int]
+    standing: Entry | None = None
+    route: Route = _NOT_ASKED
+    listening: frozenset[int] = frozenset()
 
 
 class Decided(NamedTuple):
@@ -44,11 +50,13 @@ def decide(request: Request, facts: Facts, table: MappingTable, policy: Policy,
     refusal = policy.check_remote(remote, facts.route)
     if refusal is not None:
         return Decided(refusal)
+    if facts.standing is not None:
+        table.touch(facts.standing, now)
+        return Decided(Decision(Outcome.EXISTING, facts.standing))
     gone: list[Entry] = []
-    if table.find(client, remote) is None:
-        refusal = _full(client, table, policy)
-        if refusal is not None and not _make_room(refusal, client, table, gone):
-            return Decided(policy.count(refusal))
+    refusal = _full(client, table, policy)
+    if refusal is not None and not _make_room(refusal, client, table, gone):
+        return Decided(policy.count(refusal))
 
     def forbidden(port: int) -> bool:
         return policy.forbids_port(port) or port in facts.listening

@@ -18,7 +18,6 @@ from detour_tools.mproxy import v1
 from detour_tools.nat.base import NatError
 from detour_tools.netlink.route import Routes
 from detour_tools.printer import Printer
-from detour_tools.route import Route
 from detour_tools.server import decide
 from detour_tools.server.decide import Decided, Facts
 from detour_tools.server.keeper import Keeper
@@ -37,8 +36,6 @@ _REQUESTS_A_COMMIT = 256
 # In ten seconds, of each kind: enough to follow a client, and no flood of the journal.
 _GRANTED_LINES = 50
 
-_NOT_ASKED = Route(local=False, broadcast=False, on_link=False)
-_NOBODY: frozenset[int] = frozenset()
 
 class _Request(NamedTuple):
     message: v1.Request
@@ -158,9 +155,9 @@ class Requests:
     def _decide(self, request: _Request, now: float) -> Decided:
         message, table = request.message, self._keeper.table
         asked = decide.Request(request.sender.address, message.remote, message.detour_port)
-        known = table.find(asked.client, asked.remote) is not None
-        facts = Facts(route=_NOT_ASKED if known else self._routes.look_up(asked.remote.address),
-                      listening=_NOBODY if known else self._listening.now())
+        standing = table.find(asked.client, asked.remote)
+        facts = Facts(standing) if standing is not None else Facts(
+            None, self._routes.look_up(asked.remote.address), self._listening.now())
         return decide.decide(asked, facts, table, self._policy, now)
 
     def _answer(self, decided: list[tuple[_Request, Decision]]) -> None:
