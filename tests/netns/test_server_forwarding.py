@@ -121,6 +121,9 @@ OTHERS = {
                                "ip filter FORWARD"),
     "nft": (["nft", "add table inet virt; add chain inet virt out { type nat hook postrouting "
              "priority srcnat; }; add rule inet virt out masquerade"], "inet virt out"),
+    "nft's map": (["nft", "add table ip fw; add map ip fw m { type ifname : verdict; }; add chain "
+                   "ip fw f { type filter hook forward priority 0; }; add rule ip fw f iifname "
+                   "vmap @m"], "ip fw f"),
 }
 
 

@@ -23,6 +23,18 @@ def letting_through(chains: Iterable[Chain]) -> set[str]:
             and any(may_accept(chain, packet) for packet in packets)}
 
 
+def steering(objects: list[dict[str, Any]]) -> set[str]:
+    """Forward chains with a named verdict map, of unknown content, or a flowtable: a router's."""
+    forward = {(chain["family"], chain["table"], chain["name"]) for chain in (
+        item["chain"] for item in objects if "chain" in item) if chain.get("hook") == "forward"}
+    return {" ".join(chain) for chain, parts in (
+        ((rule["family"], rule["table"], rule["chain"]), rule.get("expr", ()))
+        for rule in (item["rule"] for item in objects if "rule" in item))
+        if chain in forward and chain[0] in ("ip", "inet") and chain[:2] != nft.OURS and any(
+            "flow" in part or isinstance(part.get("vmap", {}).get("data"), str)
+            for part in parts)}
+
+
 def translating(objects: list[dict[str, Any]]) -> set[str]:
     """Chains of IPv4 that translate sources; ``objects`` are those of ``nft -j``."""
     rules = [item["rule"] for item in objects if "rule" in item]

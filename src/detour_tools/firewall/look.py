@@ -80,7 +80,8 @@ def relying() -> set[str]:
     """The chains of others that rely on this host's forwarding. Blocks; raises OSError, ValueError.
     """
     objects = nft.parse(ruleset())
-    found = forwarders.letting_through(chains_of(objects)[0]) | forwarders.translating(objects)
+    found = (forwarders.letting_through(chains_of(objects)[0]) | forwarders.steering(objects)
+             | forwarders.translating(objects))
     with contextlib.suppress(PermissionError):
         for tool, table, text in listings(objects, ("nat",)):
             found |= forwarders.translating_by_iptables(text, tool, table)
