@@ -69,6 +69,7 @@ def test_what_is_listed_loads_again(lab: Lab, serve: Serve, backend: str, admins
     assert "10.0.3.2" in saved
     assert ("10.0.1.1 ct count over" in saved) == (
         backend == "nftables" and relay == "tcp" and 0 not in limits)
+    assert ("ct timeout set" in saved) == (backend == "nftables")
     host_rules = admins.run(["nft", "list", "table", "inet", "admins"]).stdout
 
     _, clear, restore = SAVED[backend]

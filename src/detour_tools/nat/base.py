@@ -38,12 +38,16 @@ class Terms:
     the host's own connections find room.
 
     ``router``: whether the host forwards other IPv4 packets than those of mapped flows, too.
+
+    ``requests``: the UDP port that clients ask at, of which the kernel soon forgets who asked, so
+    that a flood fills no connection tracking; 0: none.
     """
 
     relay: Relay = "joins"
     flows_per_client: int = 2000
     flows: int | None = None
     router: bool = True
+    requests: int = 0
 
     @property
     def all_flows(self) -> int:

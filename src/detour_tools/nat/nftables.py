@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 # masqueraded, where the detour is also the client's router.
 #
 # 'forward': before all chains of the host's own, and only for the first packet of a flow.
+#
+# 'asked': a request leaves an entry in connection tracking for 30 s otherwise, so that 9,000 forged
+# ones a second fill a table of 262,144. Set in 'input', where the entry is not in the table yet.
 _RULESET = """
 add table ip {table}
 delete table ip {table}
@@ -66,6 +69,7 @@ table ip {table} {{
     }}
     counter refused-flows {{
     }}
+    {asked}
     chain prerouting {{
         type nat hook prerouting priority dstnat - 1; policy accept;
         fib daddr type local {relayed} dnat to ip saddr . tcp dport map @mappings
@@ -77,6 +81,7 @@ table ip {table} {{
     chain input {{
         type filter hook input priority filter; policy accept;
         {mapped} drop
+        {asking}
     }}
     chain opening {{
         tcp option mptcp subtype {join} return
@@ -113,6 +118,10 @@ _SHARE = 128
 _MOST_SHARES = 1024
 _COUNTER = "refused-flows"
 _REFUSE = f"counter name {_COUNTER} reject with tcp reset"
+
+# A request is answered within a second, or its client asks again. Whole seconds.
+_ASKED = "ct timeout asked { protocol udp; l3proto ip; policy = { unreplied : 2, replied : 2 }; }"
+_ASKING = 'udp dport {port} ct state new ct timeout set "asked"'
 
 _DNAT = "mappings"
 _SNAT = "mapped"
@@ -182,16 +191,22 @@ class NftablesBackend:
         """
         self._refused_before += self._counted()
         unlimited = dataclasses.replace(terms, flows_per_client=0, flows=0)
-        # A kernel without labels or 'ct count' does without these.
+        # A kernel without labels, 'ct timeout' or 'ct count' does without these.
         ways = [(tried, _ruleset(capacity, tried, labels=labels))
-                for tried in (terms, unlimited) for labels in (True, False)]
+                for limited in (terms, unlimited)
+                for tried in (limited, dataclasses.replace(limited, requests=0))
+                for labels in (True, False)]
         standing_for = self._standing(ways, mappings)
         used = standing_for or self._make(ways, mappings)
         self._handle = self._table_handle() or b""
         if standing_for:
             self._refused_before -= self._counted()
-        if used != terms:
+        if (used.flows_per_client, used.flows) != (terms.flows_per_client, terms.flows):
             log.warning("flows are not limited: this kernel does not count them (nft_connlimit)")
+        if used.requests != terms.requests:
+            log.warning("a flood of requests can fill connection tracking: this kernel has no time-"
+                        "outs of ours (CONFIG_NF_CONNTRACK_TIMEOUT); allow few clients, or raise "
+                        "net.netfilter.nf_conntrack_max")
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
         """Remove, then add elements in one transaction."""
@@ -297,6 +312,8 @@ def _ruleset(capacity: int, terms: Terms, *, labels: bool) -> str:
     return _RULESET.format(table=TABLE, size=capacity, most_shares=_MOST_SHARES, mapped=_MAPPED,
                            join=_JOIN, relayed=_RELAYED[terms.relay],
                            beginning="\n        ".join(beginning),
+                           asked=_ASKED if terms.requests else "",
+                           asking=_ASKING.format(port=terms.requests) if terms.requests else "",
                            forward="\n        ".join(forward))
 
 

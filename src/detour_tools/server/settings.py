@@ -85,7 +85,8 @@ class Settings:
         """The part that the kernel's rules apply; ``router``: whether the host was one before."""
         return Terms(relay=self.relay,
                      router={"yes": True, "no": False}.get(self.router, router),
-                     flows_per_client=self.max_flows_per_client, flows=self.max_flows)
+                     flows_per_client=self.max_flows_per_client, flows=self.max_flows,
+                     requests=parse_endpoint(self.listen, mproxy.PORT).port)
 
 
 def _port_ranges(name: str, texts: tuple[str, ...]) -> tuple[range, ...]:
