@@ -101,6 +101,29 @@ def test_a_flood_of_forged_requests_keeps_nobody_out(lab, start_server, start, s
     assert len(served) >= 19
 
 
+def test_a_flood_of_malformed_datagrams_is_dropped_unread(lab, start_server, start):
+    """And what is malformed is read, and said, once the flood has ended."""
+    detour, client = lab.host("detour"), lab.host("client")
+    server = start_server(detour)
+    flood = start(lab.host("r3"), [sys.executable, "-m", "tests.netns.flood", detour.address, 7, 0])
+    server.wait_line("a flood of malformed datagrams")
+    before = counts(detour)
+    asking.in_time("it counts them", (counts(detour)["lost"] > before["lost"] + 5000
+                                      for _ in range(99)))
+    after = counts(detour)
+    # Of this flood two fifths are well-formed, for remotes that are refused.
+    assert after["malformed"] - before["malformed"] < 100 < after["refused"] - before["refused"]
+    assert any("malformed" in text for text in asking.status(detour)["warnings"])
+    asker = Asker(client, detour.address)
+    assert asker.ask("45.0.0.1:443", 443) == 443
+    flood.stop()
+    server.wait_line("no longer so: a flood of malformed datagrams")
+    asker.send(b"\x09")
+    asking.in_time("it is read again", (
+        counts(detour)["malformed"] > after["malformed"] for _ in range(99)))
+    assert asker.ask("45.0.0.2:444", 444) == 444
+
+
 def test_a_mapping_that_was_never_used_goes_soon(lab, start):
     detour, client = lab.host("detour"), lab.host("client")
     code = ("from detour_tools.server import policy, upkeep\n"

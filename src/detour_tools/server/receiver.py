@@ -5,6 +5,7 @@ A detour may have several addresses, and a client takes an answer from the one i
 (ip(7), IP_PKTINFO).
 """
 
+import ctypes
 import errno
 import socket
 import struct
@@ -16,14 +17,33 @@ from typing import NamedTuple
 from detour_tools import mproxy
 from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
+from detour_tools.mproxy import v1
 
+# include/uapi/asm-generic/socket.h
+_SO_ATTACH_FILTER = 26
+_SO_DETACH_FILTER = 27
 _SO_RCVBUFFORCE = 33
-# A second's worth and more: bursts wait here while a commit runs.
-_RECEIVE_BUFFER = 8 << 20
+_SO_MEMINFO = 55
+_MEMINFO = struct.Struct("=32xI")  # SK_MEMINFO_DROPS, of include/uapi/linux/sock_diag.h
+# Bursts wait here while a commit runs: some 5,000 datagrams (the kernel takes it twice, and 768
+# bytes for each), so that in a flood none is older than its client waits for an answer.
+_RECEIVE_BUFFER = 2 << 20
 _IP_PKTINFO = 8
 # struct in_pktinfo: interface, local address, the header's destination address
 _PKTINFO = struct.Struct("=I4s4s")
 _ANCILLARY = socket.CMSG_SPACE(_PKTINFO.size)
+
+# Classic BPF (include/uapi/linux/filter.h): code, jumps if true and if false, value. A UDP socket's
+# filter sees the datagram with its header of 8 bytes.
+_INSTRUCTION = struct.Struct("=HBBI")
+_ONLY_REQUESTS = b"".join(_INSTRUCTION.pack(*each) for each in (
+    (0x80, 0, 0, 0),                                     # load the length
+    (0x15, 0, 3, 8 + v1.LENGTH),                         # another: to the last
+    (0x28, 0, 0, 8),                                     # load version and op
+    (0x15, 0, 1, v1.VERSION << 8 | v1.OP_REQUEST),
+    (0x06, 0, 0, 0xFFFF),                                # take all of it
+    (0x06, 0, 0, 0),                                     # take nothing
+))
 
 
 class Sender(NamedTuple):
@@ -59,6 +79,20 @@ class Receiver:
     def close(self) -> None:
         """Stop listening."""
         self._socket.close()
+
+    def screen(self, *, on: bool) -> None:
+        """Whether the kernel drops what is no request, before it takes room. Raises OSError."""
+        if not on:
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+            return
+        program = ctypes.create_string_buffer(_ONLY_REQUESTS, len(_ONLY_REQUESTS))
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack(
+            "@HP", len(_ONLY_REQUESTS) // _INSTRUCTION.size, ctypes.addressof(program)))
+
+    def lost(self) -> int:
+        """How many datagrams the kernel has dropped, by the screen or for want of room."""
+        found = self._socket.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
+        return int(_MEMINFO.unpack(found)[0])
 
     def receive(self, at_most: int) -> Iterator[tuple[bytes, Sender]]:
         """The datagrams that wait, one byte over MAX_DATAGRAM at most of each."""

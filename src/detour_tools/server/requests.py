@@ -36,6 +36,9 @@ _REQUESTS_A_COMMIT = 256
 # In ten seconds, of each kind: enough to follow a client, and no flood of the journal.
 _GRANTED_LINES = 50
 
+# Malformed ones between two looks (two seconds) that are a flood: no more is learned from them.
+_FLOOD = 2000
+
 
 class _Request(NamedTuple):
     message: v1.Request
@@ -59,6 +62,9 @@ class Requests:
         self._routes = Routes()
         self._queue: Waiting[_Request] = Waiting()
         self._waiting = asyncio.Event()
+        self._screened = False
+        self._useless = 0  # at the last look: malformed and lost ones
+        self._behind = False  # whether more came than could be read at the last wake-up
         self._bounded = BoundedLog(log)
         printing = _printing_logger(printer)
         self._refused_print = BoundedLog(printing)
@@ -75,11 +81,28 @@ class Requests:
 
     def on_readable(self) -> None:
         """Take datagrams; a flood of them keeps nothing else from its turn."""
-        now = time.monotonic()
+        now, before = time.monotonic(), self.counters.received
         for data, sender in self._receiver.receive(_DATAGRAMS_A_WAKE_UP):
             self._take(data, sender, now)
+        self._behind = self.counters.received - before == _DATAGRAMS_A_WAKE_UP
         if self._queue:
             self._waiting.set()
+
+    def tend(self) -> list[str]:
+        """Have the kernel drop malformed datagrams in a flood; what there is to warn of.
+
+        To be called every two seconds.
+        """
+        counters = self.counters
+        counters.lost = self._receiver.lost()
+        useless = counters.malformed + (counters.lost if self._screened else 0)
+        flood = useless - self._useless >= _FLOOD
+        if flood != self._screened:
+            self._receiver.screen(on=flood)
+            self._screened = flood
+        self._useless = counters.malformed + (counters.lost if flood else 0)
+        return ["a flood of malformed datagrams: the kernel drops them unread, and 'lost' counts "
+                "them"] if flood else []
 
     def forget(self) -> None:
         """Drop what was let in by an older policy and still waits: clients ask again."""
@@ -99,6 +122,11 @@ class Requests:
     def _take(self, data: bytes, sender: Sender, now: float) -> None:
         counters = self.counters
         counters.received += 1
+        known = self._keeper.table.count(sender.address) > 0
+        # What waits in the kernel meanwhile gets old, and may be of clients that are known.
+        if self._behind and not known and self._queue.crowded:
+            self._overflowed()
+            return
         try:
             if len(data) > mproxy.MAX_DATAGRAM:
                 raise mproxy.MalformedMessageError(f"more than {mproxy.MAX_DATAGRAM} bytes")
@@ -113,10 +141,12 @@ class Requests:
         refusal = self._policy.check_client(sender.address, message.remote, now)
         if refusal is not None:
             self._refuse(refusal, sender.address, message)
-        elif not self._queue.put(sender.address, _Request(message, sender),
-                                 known=self._keeper.table.count(sender.address) > 0):
-            counters.overflowed += 1
-            self._bounded.warning("overflow", "too many requests at once: some are dropped")
+        elif not self._queue.put(sender.address, _Request(message, sender), known=known):
+            self._overflowed()
+
+    def _overflowed(self) -> None:
+        self.counters.overflowed += 1
+        self._bounded.warning("overflow", "too many requests at once: some are dropped")
 
     def _may_need_room(self) -> bool:
         table, rules = self._keeper.table, self._policy.rules

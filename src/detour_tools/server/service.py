@@ -123,6 +123,8 @@ class Server:
     def _tend_forwarding(self) -> None:
         if self._switch is not None:
             self._warnings.put("forwarding", self._switch.tend(time.monotonic()))
+        if self._requests is not None:
+            self._warnings.put("flood", self._requests.tend())
 
     def _terms(self) -> Terms:
         return self._settings.terms(router=self._router)

@@ -8,9 +8,10 @@ from typing import Any
 
 @dataclass(slots=True)
 class Counters:
-    """What became of the datagrams, since the start."""
+    """What became of the datagrams, since the start; ``lost`` ones the kernel dropped."""
 
     received: int = 0
+    lost: int = 0
     malformed: int = 0
     overflowed: int = 0
     failed: int = 0

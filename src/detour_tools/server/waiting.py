@@ -33,10 +33,15 @@ class _Line(Generic[Item]):
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for one more."""
+        return self._size >= self._most
+
     def put(self, client: IPAddress, item: Item) -> bool:
         """Add one; False when one is lost for want of room: this, or the next client's last."""
         queue = self._queues.get(client)
-        full = self._size >= self._most
+        full = self.full
         if full:
             if queue is not None:
                 return False
@@ -80,6 +85,11 @@ class Waiting(Generic[Item]):
 
     def __len__(self) -> int:
         return len(self._known) + len(self._strangers)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether one more of a stranger costs another one its place."""
+        return self._strangers.full
 
     def put(self, client: IPAddress, item: Item, *, known: bool) -> bool:
         """Add a request; False when one is lost, as there are too many."""
