@@ -190,6 +190,28 @@ def test_a_remote_that_comes_to_be_on_link(lab, serve, asker):
     assert mappings(detour) == {("10.0.1.1", 4001, "45.0.0.1:80")}
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_remote_that_a_route_puts_on_link(lab, start_server, asker, killed):
+    """A VPN's, for example: no address of the host tells of it."""
+    detour = lab.host("detour")
+    server = start_server(detour)
+    asker.ask("203.0.113.9:80", 4000)
+    asker.ask("45.0.0.1:80", 4001)
+    if killed:
+        server.kill()
+    route = json.loads(detour.run(["ip", "-json", "route", "get", "10.0.1.1"]).stdout)
+    detour.run(["ip", "route", "add", "203.0.113.0/24", "dev", route[0]["dev"]])
+    if killed:
+        server = start_server(detour)
+    server.wait_line("removed 1 mappings whose remotes are elsewhere now")
+    assert mappings(detour) == {("10.0.1.1", 4001, "45.0.0.1:80")}
+    asker.ask("45.0.0.2:80", 4002)
+    detour.run(["ip", "rule", "add", "to", "45.0.0.2", "table", "99"])
+    detour.run(["ip", "route", "add", "45.0.0.2", "dev", route[0]["dev"], "table", "99"])
+    asking.in_time("by a rule, too", (
+        mappings(detour) == {("10.0.1.1", 4001, "45.0.0.1:80")} for _ in range(99)))
+
+
 def test_lines_of_granted_requests_are_bounded(lab, serve, asker):
     server = serve("--rate", "0", backend="nftables")
     for number in range(1001, 1301):

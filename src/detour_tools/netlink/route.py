@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One question to the routing table: what is this address to us?
+"""Two questions to the routing table: what is this address to us, and what has changed?
 
-Asked in the middle of an event loop, where pyroute2's own loop cannot run; it takes some ten
+Asked in the middle of an event loop, where pyroute2's own loop cannot run; a look-up takes some ten
 microseconds, and the answer is never out of date.
 """
 
+import socket
 import struct
+from ipaddress import IPv4Network
 
 from detour_tools.endpoint import IPAddress
 from detour_tools.netlink import codec
 from detour_tools.netlink.socket import NETLINK_ROUTE, NetlinkSocket
 from detour_tools.route import Route
 
+_RTM_NEWROUTE = 24
+_RTM_DELROUTE = 25
 _RTM_GETROUTE = 26
 _RTA_DST = 1
 _RTA_GATEWAY = 5
@@ -27,6 +31,10 @@ _RTMSG = struct.Struct("=BBBBBBBBI")
 _RTMSG_TYPE = 7
 _RTN_LOCAL = 2
 _RTN_BROADCAST = 3
+# A bit a group: RTNLGRP_IPV4_ROUTE and RTNLGRP_IPV4_RULE
+_CHANGES = 1 << 7 - 1 | 1 << 8 - 1
+
+EVERYWHERE = IPv4Network("0.0.0.0/0")
 
 
 class Routes(NetlinkSocket):
@@ -53,3 +61,33 @@ class Routes(NetlinkSocket):
             return Route(kind == _RTN_LOCAL, kind == _RTN_BROADCAST,
                          prefix_length > 0 and not attributes.keys() & _GATEWAYS)
         return Route(local=False, broadcast=False, on_link=False)
+
+
+class RouteChanges:
+    """Tells of which networks the IPv4 routes have changed."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
+            NETLINK_ROUTE)
+        self._socket.bind((0, _CHANGES))
+
+    def read(self) -> set[IPv4Network]:
+        """The networks since the last call; EVERYWHERE where it cannot be told, or by rules."""
+        found: set[IPv4Network] = set()
+        while True:
+            try:
+                data, (sender, _) = self._socket.recvfrom(1 << 16)
+            except BlockingIOError:
+                return found
+            except OSError:  # more than the socket holds
+                found.add(EVERYWHERE)
+                continue
+            for each in codec.messages(data) if sender == 0 else ():
+                found.add(_network(each.payload) if each.type in (_RTM_NEWROUTE, _RTM_DELROUTE)
+                          else EVERYWHERE)
+
+
+def _network(payload: bytes) -> IPv4Network:
+    address = codec.attributes(payload[_RTMSG.size:]).get(_RTA_DST, bytes(4))
+    return IPv4Network((address, payload[1]), strict=False)

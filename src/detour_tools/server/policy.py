@@ -247,6 +247,11 @@ class Policy:
                 and self._refusal(mapping.remote, own=address in host.own, broadcast=False,
                                   on_link=address in host.on_link) is None)
 
+    def permits_by_route(self, mapping: Mapping, route: Route) -> bool:
+        """Whether a mapping that stands may stay with this route to its remote; counts nothing."""
+        return self._refusal(mapping.remote, own=route.local, broadcast=route.broadcast,
+                             on_link=route.on_link) is None
+
     def _refusal(self, remote: Endpoint, *, own: bool, broadcast: bool,
                  on_link: bool) -> Refusal | None:
         address = remote.address

@@ -7,8 +7,10 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from detour_tools.endpoint import Endpoint
 from detour_tools.nat.base import NatError
 from detour_tools.netlink.addresses import InterfaceAddress, interface_addresses
+from detour_tools.netlink.route import EVERYWHERE, RouteChanges, Routes
 from detour_tools.server.garbage import QuietCollector
 from detour_tools.server.keeper import Keeper
 from detour_tools.server.listening import ListeningPorts
@@ -29,6 +31,9 @@ _PRESSED_PROVING_SECONDS = 4.0
 # what has a flow by now must be known before its turn.
 _LOOKING = (200, 120.0)
 _PRESSED_LOOKING = (20, 8.0)
+# To look where each of 100,000 remotes is takes the best part of a second: one part in so many of
+# the time at most.
+_ROUTING_SHARE = 10
 # Requests wait for so many at most: a few milliseconds.
 _ENTRIES_A_TURN = 1000
 
@@ -55,6 +60,9 @@ class Upkeep:
         self._received = received
         self._addresses: frozenset[InterfaceAddress] = frozenset()
         self._host = HostAddresses(frozenset(), NetworkSet(()))
+        self._routes, self._route_changes = Routes(), RouteChanges()
+        self._all_routes = True
+        self._routes_from = float("-inf")
 
     async def start(self) -> None:
         """The first look, before anybody is served."""
@@ -72,6 +80,7 @@ class Upkeep:
             await self._keeper.check()
             if self._see_addresses():
                 await self.remove_forbidden()
+            await self._remove_rerouted()
             await self._remove_listened_on()
             if self._may_look(pressed=False):
                 await self._prove(_PROVING_SECONDS)
@@ -86,12 +95,37 @@ class Upkeep:
                 await self._expire()
 
     async def remove_forbidden(self) -> None:
-        """Remove mappings that policy would refuse now."""
+        """Remove mappings that policy would refuse now; by their routes at the next look."""
+        self._all_routes = True
         forbidden: list[Entry] = []
         async for some in _in_turns(list(self._keeper.table.entries())):
             forbidden += [entry for entry in some
                           if not self._policy.permits(entry.mapping, self._host)]
         await self._remove(forbidden, "that are not allowed any more")
+
+    async def _remove_rerouted(self) -> None:
+        """Remove mappings whose remotes' routes have changed, so that policy would refuse them."""
+        if time.monotonic() < self._routes_from:
+            return
+        began = time.process_time()
+        networks = self._route_changes.read() | ({EVERYWHERE} if self._all_routes else set())
+        self._all_routes = False
+        if not networks:
+            return
+        changed = NetworkSet(networks)
+        stays: dict[Endpoint, bool] = {}
+        forbidden: list[Entry] = []
+        async for some in _in_turns(list(self._keeper.table.entries())):
+            for entry in some:
+                remote = entry.mapping.remote
+                if remote not in stays:
+                    stays[remote] = remote.address not in changed or (
+                        self._policy.permits_by_route(entry.mapping,
+                                                      self._routes.look_up(remote.address)))
+                if not stays[remote]:
+                    forbidden.append(entry)
+        self._routes_from = time.monotonic() + _ROUTING_SHARE * (time.process_time() - began)
+        await self._remove(forbidden, "whose remotes are elsewhere now")
 
     async def _remove_listened_on(self) -> None:
         """Remove mappings of ports that this host has begun to listen on."""
