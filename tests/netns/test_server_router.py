@@ -4,6 +4,7 @@
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -88,6 +89,21 @@ def test_nor_while_a_server_starts_and_stops(lab: Lab, serve: Serve, neighbour: 
         serve().stop()
     stop()
     assert not arrived, f"{len(arrived)} datagrams of a neighbour got through"
+
+
+def test_nor_for_long_when_somebody_flushes_the_rules(lab: Lab, serve: Serve, neighbour: Host,
+                                                      backend: str):
+    server = serve()
+    arrived, stop = _datagrams(neighbour, lab.host("server"))
+    for times in range(1, 5):
+        lab.host("detour").run(["nft", "flush", "ruleset"] if backend == "nftables" else
+                               ["iptables-legacy", "-F"])
+        asking.in_time("they stand again", (
+            len(server.matching("somebody removed our rules")) == times for _ in range(999)))
+        time.sleep(1.1)  # sooner after a repair there is none
+    stop()
+    # One each 2 ms: up to 1,000 each time, when it took the two seconds' look.
+    assert len(arrived) < 1000, f"{len(arrived)} datagrams of a neighbour got through"
 
 
 @pytest.mark.parametrize(("was", "options"), [("1", ()), ("0", ("--router", "yes"))])

@@ -52,6 +52,11 @@ class Keeper:
         """The back end in use."""
         return self._backend.name if self._backend else ""
 
+    @property
+    def router(self) -> bool:
+        """Whether the host forwards other packets than those of mapped flows."""
+        return self._terms.router
+
     async def start(self, wanted: str, terms: Terms) -> None:
         """Open the back end ``wanted``; take over what a server before us has left in the kernel.
 

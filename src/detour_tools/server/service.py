@@ -136,7 +136,7 @@ class Server:
         assert self._requests is not None  # noqa: S101 - made by run()
         tasks = [asyncio.create_task(work) for work in (
             self._stop.wait(), self._requests.serve(), self._upkeep.check(),
-            self._upkeep.sweep(), self._reload_when_told())]
+            self._upkeep.guard(), self._upkeep.sweep(), self._reload_when_told())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:

@@ -21,6 +21,11 @@ from detour_tools.server.watch import FirewallWatch
 log = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 2.0
+# Where our rules keep the host from being a router; a look at whether they stand takes one part in
+# so many of the time at most. Not by nf_tables' notifications: while anybody listens the kernel
+# makes one of each mapping.
+_GUARD_SECONDS = 0.1
+_GUARD_SHARE = 10
 _SWEEP_SECONDS = 15.0
 # A look at the flows proves mappings; where unproven ones make room it must come before their turn.
 _PROVING_SECONDS = 60.0
@@ -77,7 +82,6 @@ class Upkeep:
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             self._tend()
-            await self._keeper.check()
             if self._see_addresses():
                 await self.remove_forbidden()
             await self._remove_rerouted()
@@ -86,6 +90,15 @@ class Upkeep:
                 await self._prove(_PROVING_SECONDS)
             await self._firewall.check()
             collector.run(self._received(), time.monotonic())
+
+    async def guard(self) -> None:
+        """See that our rules stand, for ever."""
+        while True:
+            began = time.monotonic()
+            await self._keeper.check()
+            took = time.monotonic() - began
+            await asyncio.sleep(_CHECK_SECONDS if self._keeper.router else
+                                min(max(_GUARD_SECONDS, _GUARD_SHARE * took), _CHECK_SECONDS))
 
     async def sweep(self) -> None:
         """Remove idle mappings, for ever."""
