@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Sends forged requests: python -m tests.netns.forgery DETOUR NETWORK RATE
 
-From random addresses of NETWORK, for random public remotes, RATE a second, until it is stopped.
+From random addresses of NETWORK, for random public remotes, RATE a second (0: as fast as it goes),
+until it is stopped.
 """
 
 import itertools
@@ -30,7 +31,7 @@ def main(detour: str, network: str, rate: str) -> None:
                                       socket.IPPROTO_UDP, 0, source, destination,
                                       40000, mproxy.PORT, 8 + len(request), 0) + request,
                           (detour, 0))
-            if number % max(1, int(rate) // 1000) == 0:  # evenly
+            if rate != "0" and number % max(1, int(rate) // 1000) == 0:  # evenly
                 time.sleep(max(0.0, start + number / int(rate) - time.monotonic()))
 
 
