@@ -161,8 +161,11 @@ def call(program: str, command: str, **arguments: Any) -> Any:
             # Who is too busy says so without reading, and is gone then.
             with contextlib.suppress(BrokenPipeError):
                 connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
-            answer = json.loads(_read_line(connection) or b"{}")
-            escaped = _escaped(answer)
+            line = (_read_line(connection) or b"{}").decode()
+            escaped = answer = json.loads(line)
+            # Nothing to write out, and very many texts, in a page of mappings.
+            if not (line.isascii() and line[:-1].isprintable() and "\\" not in line):
+                escaped = _escaped(answer)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{program} did not answer: {_escaped(str(error))}") from None
     if not isinstance(escaped, dict):

@@ -74,11 +74,22 @@ class NatBackend(Protocol):
     def open(self) -> None:
         """Get ready for use; raises UserError where this back end cannot be used."""
 
-    def leftovers(self) -> list[Mapping] | None:
+    def leftovers(self) -> list[bytes] | None:
         """The mappings our rules in the kernel hold now; None when no rules of ours are there.
 
-        Changes nothing, loads nothing, and may be asked before ``open``. Raises NatError.
+        By their keys (``mapping.flow_key``): there may be very many. Changes nothing, loads
+        nothing, and may be asked before ``open``. Raises NatError.
         """
+
+    def adopt(self, capacity: int, terms: Terms) -> bool:
+        """Take over our rules as they stand, with what ``leftovers`` found last.
+
+        Only if they are, as far as a quick look tells, what ``install`` would make of these; then
+        ``whole`` tells the rest, before anything is changed. Raises NatError.
+        """
+
+    def whole(self) -> bool:
+        """Whether what was adopted is all that ``install`` would have made. Raises NatError."""
 
     def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
         """Make our rules anew, holding exactly these mappings on these terms, in one step.

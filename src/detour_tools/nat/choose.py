@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from detour_tools.errors import UserError
-from detour_tools.mapping import Mapping
 from detour_tools.nat.base import NatBackend, NatError
 from detour_tools.nat.iptables import IptablesBackend
 from detour_tools.nat.nftables import NftablesBackend
@@ -24,11 +23,11 @@ CHOICES = (AUTO, *_BACKENDS)
 
 
 class Chosen(NamedTuple):
-    """The back end to use, the others that have something left, and the mappings found."""
+    """The back end to use, the others that have something left, and the keys of the mappings."""
 
     backend: NatBackend
     others: list[NatBackend]
-    found: list[Mapping]
+    found: list[bytes]
 
 
 def choose(wanted: str) -> Chosen:
@@ -68,7 +67,7 @@ def _open(wanted: str) -> NatBackend:
                     "apt install python3-nftables")
 
 
-def _leftovers(backend: NatBackend) -> list[Mapping] | None:
+def _leftovers(backend: NatBackend) -> list[bytes] | None:
     try:
         return backend.leftovers()
     except (NatError, UserError) as error:

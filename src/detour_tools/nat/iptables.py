@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from detour_tools.errors import UserError
-from detour_tools.mapping import Mapping
+from detour_tools.mapping import Mapping, flow_key
 from detour_tools.nat import xtables
 from detour_tools.nat.base import FORWARD, POSTROUTING, PREROUTING, NatError, Terms
 
@@ -82,7 +82,7 @@ class IptablesBackend:
                             "modprobe -a iptable_nat iptable_filter, or use --backend nftables"
                             ) from None
 
-    def leftovers(self) -> list[Mapping] | None:
+    def leftovers(self) -> list[bytes] | None:
         """The mappings of our DNAT rules."""
         try:
             # Without this a mere look would load the legacy tables into the kernel.
@@ -96,8 +96,17 @@ class IptablesBackend:
                 for _, chain in _CHAINS[name] if table.is_chain(chain)]
         if PREROUTING not in ours:
             return [] if ours else None
-        return [found for rule, _ in self._rules("nat", PREROUTING)
+        return [flow_key(found) for rule, _ in self._rules("nat", PREROUTING)
                 if (found := xtables.read_dnat(rule)) is not None]
+
+    def adopt(self, capacity: int, terms: Terms) -> bool:
+        """Legacy tables are made anew."""
+        del capacity, terms
+        return False
+
+    def whole(self) -> bool:
+        """Nothing is ever adopted."""
+        return False
 
     def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
         """Make our chains and the jumps into them anew; legacy tables have no limit."""

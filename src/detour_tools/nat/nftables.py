@@ -8,15 +8,12 @@ commit nor a packet gets dearer with their number.
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import importlib
 import logging
 import struct
 from collections.abc import Collection, Iterable, Sequence
-from ipaddress import IPv4Address
 from typing import Any
 
-from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
 from detour_tools.nat import standing
@@ -158,7 +155,7 @@ class NftablesBackend:
             self._netlink = None
         self._handle = b""
         self._refused_before = 0
-        self._left: list[Mapping] | None = None
+        self._left: list[bytes] | None = None  # the map's elements, all of the usual size
 
     def open(self) -> None:
         """Load libnftables, and see that the kernel answers it."""
@@ -168,45 +165,52 @@ class NftablesBackend:
             raise UserError(f"nftables cannot be used: {_first_line(text)}",
                             "the kernel needs nf_tables, or use --backend iptables")
 
-    def leftovers(self) -> list[Mapping] | None:
+    def leftovers(self) -> list[bytes] | None:
         """The elements of our table's map."""
+        self._left = None
         if self._netlink is None or self._table_handle() is None:
             return None
         try:
             found = [key + data for key, data in self._netlink.elements(TABLE, _DNAT)]
-            snat = {key for key, _ in self._netlink.elements(TABLE, _SNAT)}
         except FileNotFoundError:  # a table of ours, but not as we make it
             return []
         except OSError as error:
             raise NatError(error.strerror) from None
-        # Empty, and so no leftovers to take over as they stand, where the two disagree.
-        mappings = _read_mappings(each for each in found if len(each) == _KEY.size)
-        self._left = mappings if set(found) == snat and len(mappings) == len(found) else None
-        return mappings
+        usual = [each for each in found if len(each) == _KEY.size]
+        if len(usual) == len(found):
+            self._left = found
+        return [key[:6] + key[8:14] for key in usual]
+
+    def adopt(self, capacity: int, terms: Terms) -> bool:
+        """Take over our table if it is one that we would make: but for its elements."""
+        if self._left is None or self._netlink is None:
+            return False
+        with contextlib.suppress(OSError):
+            digest = self._netlink.digest(TABLE)
+            for made_for, text in _ways(capacity, terms):
+                if standing.is_remembered(text, digest):
+                    self._made(made_for, terms)
+                    self._refused_before -= self._counted()
+                    return True
+        return False
+
+    def whole(self) -> bool:
+        """Whether the set holds what the map holds: to read it takes as long again."""
+        left, self._left = self._left, None
+        if left is None or self._netlink is None:
+            return False
+        sought = set(left)
+        try:
+            found = self._netlink.elements(TABLE, _SNAT)
+        except OSError as error:
+            raise NatError(error.strerror) from None
+        return len(found) == len(sought) and all(key in sought for key, _ in found)
 
     def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
-        """Make our table anew; a table that stood there is replaced in the same transaction.
-
-        One that is what we would make is left as it stands.
-        """
+        """Make our table anew; a table that stood there is replaced in the same transaction."""
+        self._left = None
         self._refused_before += self._counted()
-        unlimited = dataclasses.replace(terms, flows_per_client=0, flows=0)
-        # A kernel without labels, 'ct timeout' or 'ct count' does without these.
-        ways = [(tried, _ruleset(capacity, tried, labels=labels))
-                for limited in (terms, unlimited)
-                for tried in (limited, dataclasses.replace(limited, requests=0))
-                for labels in (True, False)]
-        standing_for = self._standing(ways, mappings)
-        used = standing_for or self._make(ways, mappings)
-        self._handle = self._table_handle() or b""
-        if standing_for:
-            self._refused_before -= self._counted()
-        if (used.flows_per_client, used.flows) != (terms.flows_per_client, terms.flows):
-            log.warning("flows are not limited: this kernel does not count them (nft_connlimit)")
-        if used.requests != terms.requests:
-            log.warning("a flood of requests can fill connection tracking: this kernel has no time-"
-                        "outs of ours (CONFIG_NF_CONNTRACK_TIMEOUT); allow few clients, or raise "
-                        "net.netfilter.nf_conntrack_max")
+        self._made(self._make(_ways(capacity, terms), mappings), terms)
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
         """Remove, then add elements in one transaction."""
@@ -265,19 +269,14 @@ class NftablesBackend:
         with contextlib.suppress(OSError):
             standing.remember(text, self._netlink.digest(TABLE))
 
-    def _standing(self, ways: Sequence[tuple[Terms, str]],
-                  mappings: Collection[Mapping]) -> Terms | None:
-        """What our table stands for, if it was made in one of these ways of just these mappings."""
-        left, self._left = self._left, None
-        if left is None or self._netlink is None or len(left) != len(mappings) or not all(
-                found is wanted for found, wanted in zip(left, mappings, strict=True)):
-            return None
-        with contextlib.suppress(OSError):
-            digest = self._netlink.digest(TABLE)
-            for made_for, text in ways:
-                if standing.is_remembered(text, digest):
-                    return made_for
-        return None
+    def _made(self, used: Terms, wanted: Terms) -> None:
+        self._handle = self._table_handle() or b""
+        if (used.flows_per_client, used.flows) != (wanted.flows_per_client, wanted.flows):
+            log.warning("flows are not limited: this kernel does not count them (nft_connlimit)")
+        if used.requests != wanted.requests:
+            log.warning("a flood of requests can fill connection tracking: this kernel has no time-"
+                        "outs of ours (CONFIG_NF_CONNTRACK_TIMEOUT); allow few clients, or raise "
+                        "net.netfilter.nf_conntrack_max")
 
     def _run(self, commands: str) -> None:
         status, _, error = self._nft.cmd(commands)
@@ -286,6 +285,15 @@ class NftablesBackend:
 
     def _table_handle(self) -> bytes | None:
         return self._netlink.table_handle(TABLE) if self._netlink else None
+
+
+def _ways(capacity: int, terms: Terms) -> list[tuple[Terms, str]]:
+    """What to try in turn: a kernel without labels, 'ct timeout' or 'ct count' does without."""
+    unlimited = dataclasses.replace(terms, flows_per_client=0, flows=0)
+    return [(tried, _ruleset(capacity, tried, labels=labels))
+            for limited in (terms, unlimited)
+            for tried in (limited, dataclasses.replace(limited, requests=0))
+            for labels in (True, False)]
 
 
 def _ruleset(capacity: int, terms: Terms, *, labels: bool) -> str:
@@ -323,12 +331,6 @@ def _elements(mappings: Collection[Mapping]) -> dict[str, Sequence[Element]]:
             for client, port, (address, remote_port) in mappings]
     half = _KEY.size // 2
     return {_DNAT: [(key[:half], key[half:]) for key in keys], _SNAT: [(key, b"") for key in keys]}
-
-
-def _read_mappings(keys: Iterable[bytes]) -> list[Mapping]:
-    address = functools.cache(IPv4Address)  # far fewer than mappings, mostly
-    return [Mapping(address(client), port, Endpoint(address(remote), remote_port))
-            for client, port, remote, remote_port in map(_KEY.unpack, keys)]
 
 
 def _commands(mappings: Sequence[Mapping]) -> Iterable[str]:

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from random import SystemRandom
 from typing import TypeVar
 
-from detour_tools.mapping import Mapping, flow_key
+from detour_tools.endpoint import Endpoint, IPAddress
+from detour_tools.mapping import Mapping, flow_key, of_flow_key, pair
 from detour_tools.nat.base import NatBackend, NatError, Terms
 from detour_tools.nat.choose import choose
 from detour_tools.netlink.conntrack import Conntrack
@@ -27,6 +28,8 @@ T = TypeVar("T")
 # Room beyond the cap: what was taken over may exceed it.
 _SLACK = 1024
 _REPAIR_PAUSE = 1.0
+# Requests wait for so many at most: some milliseconds.
+_TAKEN_OVER_A_TURN = 500
 
 
 class Keeper:
@@ -34,6 +37,8 @@ class Keeper:
 
     def __init__(self, max_mappings: int) -> None:
         self.table = MappingTable(SystemRandom())
+        # What stands in the kernel and is not in the table yet, by client and remote.
+        self._standing: dict[bytes, bytes] = {}
         self.lock = asyncio.Lock()
         self.failed_commits = 0
         self.repairs = 0
@@ -58,15 +63,20 @@ class Keeper:
         return self._terms.router
 
     async def start(self, wanted: str, terms: Terms) -> None:
-        """Open the back end ``wanted``; take over what a server before us has left in the kernel.
+        """Open the back end ``wanted``; keep what a server before us has left in the kernel.
 
-        Raises UserError, NatError.
+        The table is whole after ``take_over`` only. Raises UserError, NatError.
         """
         chosen = await self._in_nat(choose, wanted)
-        now = time.monotonic()
-        taken = sum(self.table.insert(mapping, now) is not None for mapping in chosen.found)
-        self._backend = chosen.backend
+        standing = {pair(key): key for key in chosen.found}
         self._terms = terms
+        self._capacity = self._room_for(len(standing))
+        if not chosen.others and len(standing) == len(chosen.found) and await self._in_nat(
+                chosen.backend.adopt, self._capacity, terms):
+            self._backend, self._standing = chosen.backend, standing
+            return
+        self._insert(chosen.found)
+        self._backend = chosen.backend
         try:
             await self._install()
         except NatError:
@@ -74,8 +84,46 @@ class Keeper:
             raise
         for other in chosen.others:
             await self._in_nat(other.uninstall)
-        if taken:
-            log.info("took over %d mappings of a server before", taken)
+        self._say_taken()
+
+    async def take_over(self) -> None:
+        """Bring what stands in the kernel into the table, with everybody else's turn in between.
+
+        Nothing may be committed before. Raises NatError.
+        """
+        if not self._standing:
+            return
+        assert self._backend is not None  # noqa: S101 - started
+        whole = asyncio.ensure_future(self._in_nat(self._backend.whole))
+        try:
+            while self._standing:
+                some = min(len(self._standing), _TAKEN_OVER_A_TURN)
+                self._insert([self._standing.popitem()[1] for _ in range(some)])
+                await asyncio.sleep(0)
+        finally:
+            is_whole = await whole
+        if not is_whole:
+            await self._install()
+        self._say_taken()
+
+    def standing(self, client: IPAddress, remote: Endpoint) -> Mapping | None:
+        """The mapping of the client to the remote that stands in the kernel, maybe before it is
+        in the table.
+        """
+        entry = self.table.find(client, remote)
+        if entry is not None:
+            return entry.mapping
+        found = self._standing.get(pair(flow_key(Mapping(client, 0, remote))))
+        return None if found is None else of_flow_key(found)
+
+    def _insert(self, keys: Iterable[bytes]) -> None:
+        now = time.monotonic()
+        for key in keys:
+            self.table.insert(of_flow_key(key), now)
+
+    def _say_taken(self) -> None:
+        if len(self.table):
+            log.info("took over %d mappings of a server before", len(self.table))
 
     async def commit(self, new: Sequence[Entry], gone: Sequence[Entry]) -> None:
         """Bring changes of the table to the kernel; the lock must be held.
@@ -180,13 +228,16 @@ class Keeper:
 
     async def _install(self) -> None:
         assert self._backend is not None  # noqa: S101 - started
-        self._capacity = max(self._max_mappings, len(self.table)) + _SLACK
+        self._capacity = self._room_for(len(self.table))
         limit: int | None = None
         # Twice where the kernel tracked nothing before, and so told no limit.
         while limit != self._terms.all_flows:
             limit = self._terms.all_flows
             await self._in_nat(self._backend.install, list(self.table.mappings()),
                                self._capacity, self._terms)
+
+    def _room_for(self, number: int) -> int:
+        return max(self._max_mappings, number) + _SLACK
 
     async def _in_nat(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from detour_tools import mproxy
 from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.log import BoundedLog
+from detour_tools.mapping import Mapping
 from detour_tools.mproxy import v1
 from detour_tools.nat.base import NatError
 from detour_tools.netlink.route import Routes
@@ -40,6 +41,10 @@ _GRANTED_LINES = 50
 _FLOOD = 2000
 
 
+# A client's mapping to a remote, if it stands and may stay.
+Standing = Callable[[IPAddress, Endpoint], Mapping | None]
+
+
 class _Request(NamedTuple):
     message: v1.Request
     sender: Sender
@@ -49,15 +54,18 @@ class Requests:
     """Serves what the receiver receives."""
 
     def __init__(self, receiver: Receiver, keeper: Keeper, policy: Policy,
-                 listening: ListeningPorts, look: Callable[[], Awaitable[None]],
-                 printer: Printer) -> None:
-        """``look`` is awaited before mappings may have to make room for others."""
+                 listening: ListeningPorts, standing: Standing,
+                 look: Callable[[], Awaitable[None]], printer: Printer) -> None:
+        """``standing`` tells what may be answered before serve() runs; ``look`` is awaited before
+        mappings may have to make room for others.
+        """
         self.counters = Counters()
         self._receiver = receiver
         self._keeper = keeper
         self._policy = policy
         self._printer = printer
         self._listening = listening
+        self._standing: Standing | None = standing
         self._look = look
         self._routes = Routes()
         self._queue: Waiting[_Request] = Waiting()
@@ -110,6 +118,7 @@ class Requests:
 
     async def serve(self) -> None:
         """Serve what is queued, for ever."""
+        self._standing = None
         while True:
             await self._waiting.wait()
             self._waiting.clear()
@@ -124,7 +133,7 @@ class Requests:
         counters.received += 1
         known = self._keeper.table.count(sender.address) > 0
         # What waits in the kernel meanwhile gets old, and may be of clients that are known.
-        if self._behind and not known and self._queue.crowded:
+        if self._behind and not known and not self._standing and self._queue.crowded:
             self._overflowed()
             return
         try:
@@ -141,7 +150,12 @@ class Requests:
         refusal = self._policy.check_client(sender.address, message.remote, now)
         if refusal is not None:
             self._refuse(refusal, sender.address, message)
-        elif not self._queue.put(sender.address, _Request(message, sender), known=known):
+            return
+        request = _Request(message, sender)
+        standing = self._standing and self._standing(sender.address, message.remote)
+        if standing:
+            self._answer(request, Outcome.EXISTING, standing)
+        elif not self._queue.put(sender.address, request, known=known):
             self._overflowed()
 
     def _overflowed(self) -> None:
@@ -180,7 +194,9 @@ class Requests:
                 self._bounded.warning("commit", "the kernel takes no mappings: %s", error)
                 return  # nobody is answered: clients ask again
         table = self._keeper.table
-        self._answer([each for each in decided if table.holds(each[1].entry)])
+        for request, (outcome, entry) in decided:
+            if table.holds(entry):
+                self._answer(request, outcome, entry.mapping)
 
     def _decide(self, request: _Request, now: float) -> Decided:
         message, table = request.message, self._keeper.table
@@ -190,24 +206,23 @@ class Requests:
             None, self._routes.look_up(asked.remote.address), self._listening.now())
         return decide.decide(asked, facts, table, self._policy, now)
 
-    def _answer(self, decided: list[tuple[_Request, Decision]]) -> None:
-        counters = self.counters
-        for (message, sender), (outcome, entry) in decided:
-            client, detour_port, remote = entry.mapping
-            try:
-                self._receiver.send(v1.encode(v1.Response(remote, detour_port)), sender)
-            except OSError as error:
-                counters.unsent += 1
-                self._bounded.warning("unsent", "cannot answer %s: %s", client, error.strerror)
-            if outcome is Outcome.NEW:
-                counters.new += 1
-            elif outcome is Outcome.MOVED:
-                counters.moved += 1
-            else:
-                counters.existing += 1
-            self._granted_print.warning(
-                outcome.value, "%-8s client %s remote %s detour port %d proposed %d",
-                outcome.value, client, remote, detour_port, message.detour_port)
+    def _answer(self, request: _Request, outcome: Outcome, mapping: Mapping) -> None:
+        counters, (message, sender), (client, detour_port, remote) = (
+            self.counters, request, mapping)
+        try:
+            self._receiver.send(v1.encode(v1.Response(remote, detour_port)), sender)
+        except OSError as error:
+            counters.unsent += 1
+            self._bounded.warning("unsent", "cannot answer %s: %s", client, error.strerror)
+        if outcome is Outcome.NEW:
+            counters.new += 1
+        elif outcome is Outcome.MOVED:
+            counters.moved += 1
+        else:
+            counters.existing += 1
+        self._granted_print.warning(
+            outcome.value, "%-8s client %s remote %s detour port %d proposed %d",
+            outcome.value, client, remote, detour_port, message.detour_port)
 
     def _refuse(self, refusal: Refusal, client: IPAddress, message: v1.Request) -> None:
         self.counters.refused += 1

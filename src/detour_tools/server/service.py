@@ -82,11 +82,14 @@ class Server:
             stack.callback(receiver.close)
             stack.callback(self._listening.close)
             self._requests = Requests(receiver, self._keeper, self._policy, self._listening,
+                                      self._upkeep.standing,
                                       self._upkeep.look_before_making_room, printer)
             stack.callback(self._requests.close)
             await stack.enter_async_context(self._rules(printer))
+            # From here on whoever asks for what a server before us has left gets an answer.
             loop.add_reader(receiver.fileno(), self._requests.on_readable)
             stack.callback(loop.remove_reader, receiver.fileno())
+            await self._tidy()
             # Last: who sees the control socket may take the server for ready.
             commands = Commands(self._keeper, self._upkeep)
             control = ControlServer(PROGRAM, {
@@ -114,11 +117,17 @@ class Server:
                 raise UserError(f"the kernel does not take our rules: {error}") from None
             switch.on()
             printer.print(f"{FORWARDING} = 1\n")
-            await self._upkeep.start()
+            self._upkeep.look()
             yield
         finally:
             switch.put_back()
             await self._keeper.stop()
+
+    async def _tidy(self) -> None:
+        try:
+            await self._upkeep.start()
+        except NatError as error:
+            raise UserError(f"the kernel does not take our rules: {error}") from None
 
     def _tend_forwarding(self) -> None:
         if self._switch is not None:

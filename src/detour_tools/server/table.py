@@ -8,14 +8,16 @@ it proposes no port; it proposes one that cannot be had; it gets what it asked f
 import enum
 import itertools
 import math
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from random import Random
 from typing import NamedTuple
 
 from detour_tools.endpoint import Endpoint, IPAddress
-from detour_tools.mapping import Mapping, flow_key
+from detour_tools.mapping import Mapping, flow_key, pair
 from detour_tools.server.ports import FIRST, FIRST_OTHER, PortPool
 from detour_tools.server.unproven import Unproven
 
@@ -51,6 +53,9 @@ class Entry:
     serial: int
     last_used: float
     proven: bool = False
+
+
+_serial = attrgetter("serial")
 
 
 @dataclass(slots=True)
@@ -107,7 +112,7 @@ class MappingTable:
 
     def find(self, client: IPAddress, remote: Endpoint) -> Entry | None:
         """The client's mapping to the remote."""
-        return self._by_remote.get(_pair(flow_key(Mapping(client, 0, remote))))
+        return self._by_remote.get(pair(flow_key(Mapping(client, 0, remote))))
 
     def holds(self, entry: Entry) -> bool:
         """Whether the entry is (still) in the table."""
@@ -124,7 +129,9 @@ class MappingTable:
 
     def entries(self, after: int = 0, until: float = math.inf) -> Iterator[Entry]:
         """The entries whose serial is above ``after`` and up to ``until``, oldest first."""
-        return (entry for entry in self._by_remote.values() if after < entry.serial <= until)
+        every = list(self._by_remote.values())  # half a millisecond for 100,000
+        return itertools.islice(every, bisect_right(every, after, key=_serial),
+                                bisect_right(every, until, key=_serial))
 
     def request(self, client: IPAddress, remote: Endpoint, proposed: int, now: float,
                 forbidden: Callable[[int], bool]) -> Decision:
@@ -161,7 +168,7 @@ class MappingTable:
     def remove(self, entry: Entry) -> None:
         """Forget a mapping that is in the table."""
         client, port, _ = entry.mapping
-        del self._by_remote[_pair(entry.key)]
+        del self._by_remote[pair(entry.key)]
         if entry.proven:
             del self._proven[entry.serial]
         else:
@@ -205,7 +212,7 @@ class MappingTable:
         entry = Entry(mapping, flow_key(mapping), next(self._serials), now)
         self._clients[mapping.client] = state
         state.ports[mapping.detour_port] = entry
-        self._by_remote[_pair(entry.key)] = entry
+        self._by_remote[pair(entry.key)] = entry
         self.unproven.add(entry)
         return entry
 
@@ -222,7 +229,3 @@ class MappingTable:
                     pool.put_back(each)
         raise NoFreePortError
 
-
-def _pair(key: bytes) -> bytes:
-    """Client and remote of a mapping's key."""
-    return key[:4] + key[6:]

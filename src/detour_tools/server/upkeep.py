@@ -7,11 +7,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from detour_tools.endpoint import Endpoint
+from detour_tools.endpoint import Endpoint, IPAddress
+from detour_tools.mapping import Mapping
 from detour_tools.nat.base import NatError
 from detour_tools.netlink.addresses import InterfaceAddress, interface_addresses
 from detour_tools.netlink.route import EVERYWHERE, RouteChanges, Routes
-from detour_tools.server.garbage import QuietCollector
+from detour_tools.server.garbage import QuietCollector, no_collections
 from detour_tools.server.keeper import Keeper
 from detour_tools.server.listening import ListeningPorts
 from detour_tools.server.policy import HostAddresses, NetworkSet, Policy
@@ -69,12 +70,32 @@ class Upkeep:
         self._all_routes = True
         self._routes_from = float("-inf")
 
-    async def start(self) -> None:
-        """The first look, before anybody is served."""
+    def look(self) -> None:
+        """Look which addresses the host has, before anybody is answered."""
         self._see_addresses()
+
+    async def start(self) -> None:
+        """Take over and sort out what stands in the kernel, before anything is made or removed.
+
+        Raises NatError.
+        """
+        with no_collections():
+            await self._keeper.take_over()
         await self.remove_forbidden()
         await self._remove_listened_on()
         await self._firewall.check()
+
+    def standing(self, client: IPAddress, remote: Endpoint) -> Mapping | None:
+        """The client's mapping that stands in the kernel, if it may stay by all that is known now.
+
+        Of use before start() has ended: then the table may lack it, or have it still.
+        """
+        mapping = self._keeper.standing(client, remote)
+        if (mapping is None or not self._addresses
+                or mapping.detour_port in self._listening.now()
+                or not self._policy.permits(mapping, self._host)):
+            return None
+        return mapping
 
     async def check(self) -> None:
         """Look every two seconds what others did to the host, for ever."""
