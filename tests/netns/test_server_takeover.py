@@ -5,9 +5,12 @@ import contextlib
 import itertools
 import json
 import re
+import sys
+from ipaddress import IPv4Address
 
 import pytest
 
+from detour_tools.endpoint import Endpoint
 from detour_tools.lab import namespaces
 from detour_tools.lab.network import Host, Lab
 from detour_tools.netlink.conntrack import Conntrack
@@ -76,6 +79,9 @@ def test_a_table_as_we_make_it_is_taken_over_in_place(lab, start_server, asker, 
     "add table ip detour-tools { flags dormant; }",
     "add element ip detour-tools mapped { 10.0.1.1 . 99 . 10.0.3.2 . 99 }",
     "delete element ip detour-tools mapped { 10.0.1.1 . 80 . 10.0.3.2 . 80 }",
+    # As many as before.
+    "add element ip detour-tools mapped { 10.0.1.1 . 99 . 10.0.3.2 . 99 };"
+    "delete element ip detour-tools mapped { 10.0.1.1 . 80 . 10.0.3.2 . 80 }",
 ])
 def test_a_table_that_somebody_changed_is_made_anew(lab, start_server, asker, flow, change):
     detour = lab.host("detour")
@@ -88,6 +94,41 @@ def test_a_table_that_somebody_changed_is_made_anew(lab, start_server, asker, fl
     assert rules_of(detour) == rules
     assert flow.echo()
     assert Flow(lab.host("client"), "10.0.6.2", 80).echo()
+
+
+def test_who_has_a_mapping_is_answered_while_it_is_taken_over(lab, start, start_server, asker):
+    """Unless policy refuses it now; and nobody gets a new one before all are known."""
+    detour = lab.host("detour")
+    killed = start_server(detour, *ARGUMENTS)
+    for port in (80, 81, 82):
+        asker.ask(f"10.0.3.2:{port}", port)
+    killed.kill()
+    code = ("import time\n"
+            "from detour_tools.nat.nftables import NftablesBackend\n"
+            "whole = NftablesBackend.whole\n"
+            "def slow(self): time.sleep(3.0); return whole(self)\n"
+            "NftablesBackend.whole = slow\n"
+            "from detour_tools.cli.server import main; main()")
+    WhoAmI(detour, 82)
+    server = start(detour, [sys.executable, "-c", code, *ARGUMENTS, "--deny-port", "81"])
+    wanted = [(Endpoint(IPv4Address("10.0.3.2"), port), port) for port in (83, 82, 81, 80)]
+    answered: list[int] = []
+    while 80 not in answered:
+        for remote, port in wanted:
+            asker.send_request(remote, port)
+        answered += [answer.remote.port for answer in asker.answers(0.1)]
+    assert set(answered) == {80}
+    assert not server.matching("took over")
+    server.wait_line("serving")
+    assert server.matching("took over 3 mappings")
+    assert mappings(detour) >= {("10.0.1.1", 80, "10.0.3.2:80")}
+    for answer in asker.answers(0.5):
+        answered.append(answer.remote.port)
+    assert asker.ask("10.0.3.2:83", 83) == 83
+    assert 81 not in answered
+    assert asker.ask("10.0.3.2:82", 82) != 82
+    assert {found[2] for found in kernel_mappings(detour, "nftables")} == {
+        f"10.0.3.2:{port}" for port in (80, 82, 83)}
 
 
 def test_other_settings_make_another_table(lab, start_server, flow):
