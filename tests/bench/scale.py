@@ -101,9 +101,10 @@ class _Listener:
                 self._socket.send(self._request)
             if select.select([self._socket], [], [], _ASK_EVERY)[0]:
                 with contextlib.suppress(OSError):
-                    self._socket.recv(64)
-                    self._answers.append(time.monotonic())
-                    time.sleep(_ASK_EVERY)
+                    # All that wait: what was asked while it was deaf is answered at once later.
+                    while self._socket.recv(64):
+                        self._answers.append(time.monotonic())
+                time.sleep(_ASK_EVERY)
 
     def __enter__(self) -> "_Listener":
         self._thread.start()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from detour_tools import __version__
+from detour_tools import version
 from detour_tools.endpoint import Network, parse_network
 from detour_tools.errors import UserError
 
@@ -32,11 +32,18 @@ class Parser(argparse.ArgumentParser):
         return known, unknown
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"{parser.prog} {version()}")
+        parser.exit()
+
+
 def parser(prog: str, description: str, epilog: str = "") -> Parser:
     """The top-level parser of a console script."""
     made = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False,
                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    made.add_argument("--version", action=_Version, nargs=0,
+                      help="show program's version number and exit")
     return made
 
 

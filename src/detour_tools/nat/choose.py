@@ -22,31 +22,26 @@ AUTO = "auto"
 CHOICES = (AUTO, *_BACKENDS)
 
 
-class Chosen(NamedTuple):
-    """The back end to use, the others that have something left, and the keys of the mappings."""
+class Left(NamedTuple):
+    """A back end with rules of ours in the kernel, and the keys of their mappings."""
 
     backend: NatBackend
-    others: list[NatBackend]
     found: list[bytes]
 
 
-def choose(wanted: str) -> Chosen:
+def choose(wanted: str) -> Left:
     """Open the back end that was asked for (``auto``: the first that works here).
 
     Raises UserError when it cannot be used.
     """
     backend = _open(wanted)
-    found = _leftovers(backend) or []
-    others = []
-    for name, make in _BACKENDS.items():
-        if name == backend.name:
-            continue
-        other = make()
-        left = _leftovers(other)
-        if left is not None:
-            others.append(other)
-            found += left
-    return Chosen(backend, others, found)
+    return Left(backend, _leftovers(backend) or [])
+
+
+def others(used: NatBackend) -> list[Left]:
+    """What the other back ends have left in the kernel."""
+    made = [make() for name, make in _BACKENDS.items() if name != used.name]
+    return [Left(other, found) for other in made if (found := _leftovers(other)) is not None]
 
 
 def _open(wanted: str) -> NatBackend:

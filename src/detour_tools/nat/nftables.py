@@ -171,7 +171,7 @@ class NftablesBackend:
         if self._netlink is None or self._table_handle() is None:
             return None
         try:
-            found = [key + data for key, data in self._netlink.elements(TABLE, _DNAT)]
+            found = self._netlink.elements(TABLE, _DNAT)
         except FileNotFoundError:  # a table of ours, but not as we make it
             return []
         except OSError as error:
@@ -199,12 +199,11 @@ class NftablesBackend:
         left, self._left = self._left, None
         if left is None or self._netlink is None:
             return False
-        sought = set(left)
         try:
             found = self._netlink.elements(TABLE, _SNAT)
         except OSError as error:
             raise NatError(error.strerror) from None
-        return len(found) == len(sought) and all(key in sought for key, _ in found)
+        return len(found) == len(left) and set(found) == set(left)
 
     def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
         """Make our table anew; a table that stood there is replaced in the same transaction."""

@@ -98,10 +98,13 @@ class NfTables(NetlinkSocket):
         found = codec.attributes(answers[0].payload[4:])
         return int.from_bytes(found[_NFTA_GEN_ID], "big")
 
-    def elements(self, table: str, name: str) -> list[Element]:
-        """The elements of an IPv4 table's set or map. Raises OSError."""
+    def elements(self, table: str, name: str) -> list[bytes]:
+        """The elements of an IPv4 table's set or map: the key and, of a map, the data behind it.
+
+        Raises OSError.
+        """
         question = _NFGENMSG_IPV4 + _text(_TABLE, table) + _text(_NFTA_SET_ELEM_LIST_SET, name)
-        elements: list[Element] = []
+        elements: list[bytes] = []
         for buffer, start, end in self.dump(_GETSETELEM, question):
             found = codec.attributes(bytes(buffer[start + _MESSAGE + len(_NFGENMSG_IPV4):end]))
             elements += _read_elements(found.get(_NFTA_SET_ELEM_LIST_ELEMENTS, b""))
@@ -207,19 +210,31 @@ def _element_messages(kind: int, flags: int, table: str, sets: dict[str, Sequenc
                 + codec.nested(_NFTA_SET_ELEM_LIST_ELEMENTS, listed))
 
 
-def _read_elements(listed: bytes) -> list[Element]:
+def _read_elements(listed: bytes) -> list[bytes]:
     if not listed:
         return []
-    first = next(_read_slowly(listed[:int.from_bytes(listed[:2], sys.byteorder)]))
-    head, middle = _template(first)
-    key, data = map(len, first)
-    usual = struct.Struct(f"{len(head)}s{key}s{len(middle)}s{data}s")
-    if len(listed) % usual.size == 0:
-        found = [(key_bytes, data_bytes) for before, key_bytes, between, data_bytes
-                 in usual.iter_unpack(listed) if before == head and between == middle]
-        if len(found) * usual.size == len(listed):
-            return found
-    return list(_read_slowly(listed))  # there is an element with more to it: a comment, a time-out
+    first = listed[:int.from_bytes(listed[:2], sys.byteorder)]
+    key, data = next(_read_slowly(first))
+    head, middle = map(len, _template((key, data)))  # in whole words, as all lengths here
+    size, data_at = len(first), head + len(key) + middle
+    # The kernel sets no NLA_F_NESTED, so that what stands between is taken from the first one.
+    if (size % 4 == len(listed) % size == 0 and first[head:head + len(key)] == key
+            and first[data_at:] == data
+            and _repeats(listed, first, 0, head)
+            and _repeats(listed, first, head + len(key), data_at)):
+        if not data:
+            return [each for each, in struct.iter_unpack(f"{head}x{len(key)}s", listed)]
+        usual = f"{head}x{len(key)}s{middle}x{len(data)}s"
+        return [key + data for key, data in struct.iter_unpack(usual, listed)]
+    # There is an element with more to it: a comment, a time-out.
+    return [key + data for key, data in _read_slowly(listed)]
+
+
+def _repeats(listed: bytes, first: bytes, start: int, end: int) -> bool:
+    """Whether all elements have from ``start`` to ``end`` what the first one has, in words."""
+    words, size = memoryview(listed).cast("I"), len(first)
+    return all(bytes(words[at // 4::size // 4]) == first[at:at + 4] * (len(listed) // size)
+               for at in range(start, end, 4))
 
 
 def _read_slowly(listed: bytes) -> Iterator[Element]:

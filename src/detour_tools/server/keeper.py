@@ -17,7 +17,8 @@ from typing import TypeVar
 from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.mapping import Mapping, flow_key, of_flow_key, pair
 from detour_tools.nat.base import NatBackend, NatError, Terms
-from detour_tools.nat.choose import choose
+from detour_tools.nat.choose import Left, choose
+from detour_tools.nat.choose import others as choose_others
 from detour_tools.netlink.conntrack import Conntrack
 from detour_tools.server.table import Entry, MappingTable
 
@@ -39,6 +40,7 @@ class Keeper:
         self.table = MappingTable(SystemRandom())
         # What stands in the kernel and is not in the table yet, by client and remote.
         self._standing: dict[bytes, bytes] = {}
+        self._adopted = False
         self.lock = asyncio.Lock()
         self.failed_commits = 0
         self.repairs = 0
@@ -67,31 +69,31 @@ class Keeper:
 
         The table is whole after ``take_over`` only. Raises UserError, NatError.
         """
-        chosen = await self._in_nat(choose, wanted)
-        standing = {pair(key): key for key in chosen.found}
         self._terms = terms
+        backend, found = await self._in_nat(choose, wanted)
+        standing = {key[:4] + key[6:]: key for key in found}  # pair(), which takes half as long
         self._capacity = self._room_for(len(standing))
-        if not chosen.others and len(standing) == len(chosen.found) and await self._in_nat(
-                chosen.backend.adopt, self._capacity, terms):
-            self._backend, self._standing = chosen.backend, standing
+        if len(standing) == len(found) and await self._in_nat(
+                backend.adopt, self._capacity, terms):
+            self._backend, self._standing, self._adopted = backend, standing, True
             return
-        self._insert(chosen.found)
-        self._backend = chosen.backend
+        others = await self._in_nat(choose_others, backend)
+        for keys in (found, *(other.found for other in others)):
+            self._insert(keys)
+        self._backend = backend
         try:
             await self._install()
         except NatError:
             self._backend = None  # what is there stays as it is, for the next attempt
             raise
-        for other in chosen.others:
-            await self._in_nat(other.uninstall)
-        self._say_taken()
+        await self._finish(others)
 
     async def take_over(self) -> None:
         """Bring what stands in the kernel into the table, with everybody else's turn in between.
 
         Nothing may be committed before. Raises NatError.
         """
-        if not self._standing:
+        if not self._adopted:
             return
         assert self._backend is not None  # noqa: S101 - started
         whole = asyncio.ensure_future(self._in_nat(self._backend.whole))
@@ -102,9 +104,12 @@ class Keeper:
                 await asyncio.sleep(0)
         finally:
             is_whole = await whole
-        if not is_whole:
+        others = await self._in_nat(choose_others, self._backend)
+        for other in others:
+            self._insert(other.found)
+        if others or not is_whole:
             await self._install()
-        self._say_taken()
+        await self._finish(others)
 
     def standing(self, client: IPAddress, remote: Endpoint) -> Mapping | None:
         """The mapping of the client to the remote that stands in the kernel, maybe before it is
@@ -121,7 +126,9 @@ class Keeper:
         for key in keys:
             self.table.insert(of_flow_key(key), now)
 
-    def _say_taken(self) -> None:
+    async def _finish(self, others: Iterable[Left]) -> None:
+        for other in others:
+            await self._in_nat(other.backend.uninstall)
         if len(self.table):
             log.info("took over %d mappings of a server before", len(self.table))
 

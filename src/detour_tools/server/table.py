@@ -153,17 +153,19 @@ class MappingTable:
             state.take(port)
         else:
             port = self._pick(state, forbidden)
-        entry = self._insert(state, Mapping(client, port, remote), now)
+        mapping = Mapping(client, port, remote)
+        entry = self._insert(state, mapping, flow_key(mapping), now)
         return Decision(Outcome.NEW if free or not proposed else Outcome.MOVED, entry)
 
     def insert(self, mapping: Mapping, now: float) -> Entry | None:
         """Take over a mapping that stands already; None when it contradicts another."""
-        client, port, remote = mapping
+        client, port, _ = mapping
         state = self._clients.get(client) or _Client()
-        if port in state.ports or self.find(client, remote) is not None:
+        key = flow_key(mapping)
+        if port in state.ports or pair(key) in self._by_remote:
             return None
         state.take(port)
-        return self._insert(state, mapping, now)
+        return self._insert(state, mapping, key, now)
 
     def remove(self, entry: Entry) -> None:
         """Forget a mapping that is in the table."""
@@ -208,8 +210,8 @@ class MappingTable:
         """The mappings of this detour port, of all clients."""
         return [state.ports[port] for state in self._clients.values() if port in state.ports]
 
-    def _insert(self, state: _Client, mapping: Mapping, now: float) -> Entry:
-        entry = Entry(mapping, flow_key(mapping), next(self._serials), now)
+    def _insert(self, state: _Client, mapping: Mapping, key: bytes, now: float) -> Entry:
+        entry = Entry(mapping, key, next(self._serials), now)
         self._clients[mapping.client] = state
         state.ports[mapping.detour_port] = entry
         self._by_remote[pair(entry.key)] = entry
