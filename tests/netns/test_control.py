@@ -190,14 +190,17 @@ asyncio.run(main())
     return run
 
 
+_PAGE = '{"result": {"columns": ["client", "detour_port", "remote", "unused_s"], '
+
+
 @pytest.mark.parametrize(("command", "answer"), [
     ("detour-server status", '{"result": {}}'),
     ("detour-server status", '{"result": [1]}'),
     ("detour-server status", '{"result": {"listen": 1, "surprise": 2}}'),
-    ("detour-server list", '{"result": {"mappings": []}}'),
-    ("detour-server list --json", '{"result": {"mappings": [{}], "next": 0}}'),
-    ("detour-server list --json", '{"result": {"mappings": "abc", "next": null}}'),
-    ("detour-server list", '{"result": {"mappings": [{"client": "10.0.0.1"}], "next": null}}'),
+    ("detour-server list", _PAGE + '"mappings": []}}'),
+    ("detour-server list --json", _PAGE + '"mappings": [[]], "next": 0}}'),
+    ("detour-server list --json", _PAGE + '"mappings": "abc", "next": null}}'),
+    ("detour-server list", _PAGE + '"mappings": [["10.0.0.1"]], "next": null}}'),
     ("detour-server flush", '{"result": {}}'),
     ("detour-server flush", '{"result": 7}'),
     ("detour-client status", '{"result": {}}'),

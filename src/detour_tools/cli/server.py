@@ -17,6 +17,7 @@ try:
     from detour_tools import config, control, log
     from detour_tools.cli import common, firewall
     from detour_tools.nat.choose import CHOICES
+    from detour_tools.server.commands import COLUMNS
     from detour_tools.server.service import PROGRAM, Server
     from detour_tools.server.settings import Settings
     from detour_tools.server.status import Status
@@ -169,26 +170,28 @@ def _status(arguments: argparse.Namespace) -> None:
 def _list(arguments: argparse.Namespace) -> None:
     mappings = _all_mappings()
     if arguments.json:
-        common.print_json({"mappings": mappings})
+        with control.understood(PROGRAM):
+            named = [dict(zip(COLUMNS, mapping, strict=True)) for mapping in mappings]
+        common.print_json({"mappings": named})
         return
     if not mappings:
         print("no mappings")
         return
     # Not a Rich table: it would take a minute for 100,000 rows.
     with control.understood(PROGRAM):
-        lines = [f"{mapping['client']:<16} {mapping['detour_port']:>11}  "
-                 f"{mapping['remote']:<22} {mapping['unused_s']:>6.0f} s" for mapping in mappings]
+        lines = [f"{client:<16} {detour_port:>11}  {remote:<22} {unused:>6.0f} s"
+                 for client, detour_port, remote, unused in mappings]
     print(f"{'CLIENT':<16} {'DETOUR PORT':>11}  {'REMOTE':<22} {'UNUSED':>8}")
     print("\n".join(lines))
 
 
-def _all_mappings() -> list[dict[str, Any]]:
-    mappings: list[dict[str, Any]] = []
+def _all_mappings() -> list[list[Any]]:
+    mappings: list[list[Any]] = []
     place = {"after": 0}
     while True:
         page = control.call(PROGRAM, "list", **place)
         with control.understood(PROGRAM):
-            if not isinstance(page["mappings"], list):
+            if not isinstance(page["mappings"], list) or page["columns"] != list(COLUMNS):
                 raise TypeError("no list")
             mappings += page["mappings"]
             after, until = page["next"], page["until"]
