@@ -23,11 +23,22 @@ from rich.table import Table
 from detour_tools.errors import UserError
 from detour_tools.lab.network import need_root
 from detour_tools.lab.story import Output
-from tests.bench import adding, bed, bulk, connections, joins, kernel_manager, mappings, scale
+from tests.bench import (
+    adding,
+    bed,
+    bulk,
+    connections,
+    joins,
+    kernel_manager,
+    mappings,
+    relay,
+    scale,
+)
 from tests.bench.figures import Figure
 
 BENCHES = {bench.NAME: bench
-           for bench in (mappings, adding, connections, bulk, joins, kernel_manager, scale)}
+           for bench in (mappings, adding, connections, bulk, joins, kernel_manager, scale,
+                       relay)}
 
 
 def main() -> int:

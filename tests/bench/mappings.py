@@ -94,8 +94,8 @@ def _figures(way: _Way, naive: float) -> Iterator[Figure]:
         yield Figure(
             bench=NAME, name=f"new mappings, {way.name}", value=rate, unit="/s",
             baseline=naive, baseline_name="naive", ratio=rate / naive,
-            target=">= 40 x naive, >= 8,000/s" if ours else "",
-            met=(rate >= 40 * naive and rate >= 8000) if ours else None, details=details)
+            target=">= 60 x naive, >= 20,000/s" if ours else "",
+            met=(rate >= 60 * naive and rate >= 20000) if ours else None, details=details)
     p99 = quantile(latencies, 0.99) * 1000
     yield Figure(bench=NAME, name=f"latency p50, {way.name}",
                  value=quantile(latencies, 0.5) * 1000, unit="ms")
