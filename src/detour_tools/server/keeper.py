@@ -173,8 +173,11 @@ class Keeper:
             await self.cut(removed)
         return removed
 
-    async def live(self) -> set[bytes]:
-        """The keys of the mappings that a flow known to the kernel goes through."""
+    async def live(self) -> tuple[set[bytes], float]:
+        """The keys of the mappings that a flow known to the kernel goes through.
+
+        And the processor time, in seconds, that it took to find out. Raises OSError.
+        """
         return await self._in_flows(_live)
 
     async def cut(self, mappings: Iterable[Mapping]) -> None:
@@ -255,9 +258,10 @@ class Keeper:
             self._flow_thread, function, *arguments)
 
 
-def _live() -> set[bytes]:
+def _live() -> tuple[set[bytes], float]:
+    began = time.thread_time()
     with contextlib.closing(Conntrack()) as conntrack:
-        return conntrack.live()
+        return conntrack.live(), time.thread_time() - began
 
 
 def _cut(mappings: Iterable[Mapping]) -> None:

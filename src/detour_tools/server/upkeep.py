@@ -183,21 +183,20 @@ class Upkeep:
             await self._look()
 
     async def _look(self) -> None:
-        began, self._looked_at = time.process_time(), time.monotonic()
-        live = await self._keeper.live()
+        self._looked_at = time.monotonic()
+        live, took = await self._keeper.live()
         table = self._keeper.table
         async for some in _in_turns(list(table.entries())):
-            now = time.monotonic()
+            now, began = time.monotonic(), time.thread_time()
             for entry in some:
                 if entry.key in live and table.holds(entry):
                     table.prove(entry, now)
-        self._look_took = time.process_time() - began
+            took += time.thread_time() - began
+        self._look_took = took
 
     def _may_look(self, *, pressed: bool) -> bool:
         share, longest = _PRESSED_LOOKING if pressed else _LOOKING
-        # Short time-outs want to be kept.
-        return time.monotonic() - self._looked_at >= min(
-            share * self._look_took, longest, self._policy.rules.idle_timeout / 8)
+        return time.monotonic() - self._looked_at >= min(share * self._look_took, longest)
 
     async def look_before_making_room(self) -> None:
         """See that what has a flow by now makes no room, if the last look was not just before."""
@@ -214,15 +213,16 @@ class Upkeep:
         table = self._keeper.table
         now = time.monotonic()
         limit = self._policy.idle_limit(len(table))
-        idle = list(table.unused_since(now - limit, now - self._policy.unproven_limit(len(table))))
+        since = now - limit, now - self._policy.unproven_limit(len(table))
         # None goes without a look at the flows just before; that look is one for all the others,
         # so that those with flows do not bring about the next.
-        if not idle or not self._may_look(pressed=limit < self._policy.rules.idle_timeout):
+        if next(table.unused_since(*since), None) is None or not self._may_look(
+                pressed=limit < self._policy.rules.idle_timeout):
             return
-        used_at = {entry.serial: entry.last_used for entry in idle}
         await self._look()
+        used_at = {entry: entry.last_used for entry in table.unused_since(*since)}
         removed = await self._keeper.remove(
-            idle, lambda entry: entry.last_used == used_at[entry.serial])
+            list(used_at), lambda entry: entry.last_used == used_at[entry])
         if removed:
             self.expired += len(removed)
             log.info("removed %d idle mappings", len(removed))
