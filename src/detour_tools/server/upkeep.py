@@ -60,6 +60,8 @@ class Upkeep:
         self._listening = listening
         self._listened_on: frozenset[int] = frozenset()
         self._looked_at = float("-inf")
+        # The last that nobody asked for: who asks again and again keeps nothing from expiring.
+        self._looked_unasked_at = float("-inf")
         self._look_took = 0.0
         self._firewall = firewall
         self._tend = tend
@@ -108,7 +110,7 @@ class Upkeep:
             await self._remove_rerouted()
             await self._remove_listened_on()
             if self._may_look(pressed=False):
-                await self._prove(_PROVING_SECONDS)
+                await self._prove(_PROVING_SECONDS, pressed=False)
             await self._firewall.check()
             collector.run(self._received(), time.monotonic())
 
@@ -180,10 +182,12 @@ class Upkeep:
     async def note_flows(self) -> None:
         """Note which mappings have flows, unless that was done just now. Raises OSError."""
         if self._may_look(pressed=True):
-            await self._look()
+            await self._look(pressed=True)
 
-    async def _look(self) -> None:
+    async def _look(self, *, pressed: bool) -> None:
         self._looked_at = time.monotonic()
+        if not pressed:
+            self._looked_unasked_at = self._looked_at
         live, took = await self._keeper.live()
         table = self._keeper.table
         async for some in _in_turns(list(table.entries())):
@@ -196,18 +200,19 @@ class Upkeep:
 
     def _may_look(self, *, pressed: bool) -> bool:
         share, longest = _PRESSED_LOOKING if pressed else _LOOKING
-        return time.monotonic() - self._looked_at >= min(share * self._look_took, longest)
+        last = self._looked_at if pressed else self._looked_unasked_at
+        return time.monotonic() - last >= min(share * self._look_took, longest)
 
     async def look_before_making_room(self) -> None:
         """See that what has a flow by now makes no room, if the last look was not just before."""
         if self._may_look(pressed=True):
-            await self._prove(_PRESSED_PROVING_SECONDS)
+            await self._prove(_PRESSED_PROVING_SECONDS, pressed=True)
 
-    async def _prove(self, at_most_every: float) -> None:
+    async def _prove(self, at_most_every: float, *, pressed: bool) -> None:
         """Note which unproven mappings have flows by now, if it is time to."""
         if self._keeper.table.unproven and time.monotonic() - self._looked_at >= at_most_every:
             with contextlib.suppress(OSError):  # the next look tells
-                await self._look()
+                await self._look(pressed=pressed)
 
     async def _expire(self) -> None:
         table = self._keeper.table
@@ -216,10 +221,10 @@ class Upkeep:
         since = now - limit, now - self._policy.unproven_limit(len(table))
         # None goes without a look at the flows just before; that look is one for all the others,
         # so that those with flows do not bring about the next.
-        if next(table.unused_since(*since), None) is None or not self._may_look(
-                pressed=limit < self._policy.rules.idle_timeout):
+        pressed = limit < self._policy.rules.idle_timeout
+        if next(table.unused_since(*since), None) is None or not self._may_look(pressed=pressed):
             return
-        await self._look()
+        await self._look(pressed=pressed)
         used_at = {entry: entry.last_used for entry in table.unused_since(*since)}
         removed = await self._keeper.remove(
             list(used_at), lambda entry: entry.last_used == used_at[entry])
