@@ -109,8 +109,6 @@ class Upkeep:
                 await self.remove_forbidden()
             await self._remove_rerouted()
             await self._remove_listened_on()
-            if self._may_look(pressed=False):
-                await self._prove(_PROVING_SECONDS, pressed=False)
             await self._firewall.check()
             collector.run(self._received(), time.monotonic())
 
@@ -205,25 +203,31 @@ class Upkeep:
 
     async def look_before_making_room(self) -> None:
         """See that what has a flow by now makes no room, if the last look was not just before."""
-        if self._may_look(pressed=True):
-            await self._prove(_PRESSED_PROVING_SECONDS, pressed=True)
-
-    async def _prove(self, at_most_every: float, *, pressed: bool) -> None:
-        """Note which unproven mappings have flows by now, if it is time to."""
-        if self._keeper.table.unproven and time.monotonic() - self._looked_at >= at_most_every:
+        if self._may_look(pressed=True) and self._unproven_since(_PRESSED_PROVING_SECONDS):
             with contextlib.suppress(OSError):  # the next look tells
-                await self._look(pressed=pressed)
+                await self._look(pressed=True)
+
+    def _unproven_since(self, seconds: float) -> bool:
+        """Whether there are unproven mappings, and no look at their flows for so long."""
+        return bool(self._keeper.table.unproven) and (
+            time.monotonic() - self._looked_at >= seconds)
 
     async def _expire(self) -> None:
+        """Remove idle mappings, if there are some and a look at the flows may be taken.
+
+        Unproven ones are a reason for that look as well: it is one for all that need it.
+        """
         table = self._keeper.table
         now = time.monotonic()
         limit = self._policy.idle_limit(len(table))
         since = now - limit, now - self._policy.unproven_limit(len(table))
+        pressed = limit < self._policy.rules.idle_timeout
+        due = next(table.unused_since(*since), None) is not None
+        if not self._may_look(pressed=pressed) or not (
+                due or self._unproven_since(_PROVING_SECONDS)):
+            return
         # None goes without a look at the flows just before; that look is one for all the others,
         # so that those with flows do not bring about the next.
-        pressed = limit < self._policy.rules.idle_timeout
-        if next(table.unused_since(*since), None) is None or not self._may_look(pressed=pressed):
-            return
         await self._look(pressed=pressed)
         used_at = {entry: entry.last_used for entry in table.unused_since(*since)}
         removed = await self._keeper.remove(
