@@ -110,7 +110,7 @@ def test_a_list_ends_while_others_make_mappings(lab, start_server, monkeypatch):
     monkeypatch.setattr(control, "call", call_while_others_ask)
     with namespaces.inside(detour.namespace):
         listed = command._all_mappings()
-    assert {mapping["remote"] for mapping in listed} == wanted
+    assert {remote for _, _, remote, *_ in listed} == wanted
     assert len(listed) == len(wanted)
 
 
