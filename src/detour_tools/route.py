@@ -14,3 +14,6 @@ class Route(NamedTuple):
     local: bool
     broadcast: bool
     on_link: bool
+
+
+NO_ROUTE = Route(local=False, broadcast=False, on_link=False)

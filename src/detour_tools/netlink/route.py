@@ -12,7 +12,7 @@ from ipaddress import IPv4Network
 from detour_tools.endpoint import IPAddress
 from detour_tools.netlink import codec
 from detour_tools.netlink.socket import NETLINK_ROUTE, NetlinkSocket
-from detour_tools.route import Route
+from detour_tools.route import NO_ROUTE, Route
 
 _RTM_NEWROUTE = 24
 _RTM_DELROUTE = 25
@@ -26,9 +26,10 @@ _GATEWAYS = {_RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA}
 _AF_INET = 2
 _AF_INET6 = 10
 
+# struct nlmsghdr: length, type, flags, sequence
+_HEADER = struct.Struct("=IHHI4x")
 # struct rtmsg of include/uapi/linux/rtnetlink.h
 _RTMSG = struct.Struct("=BBBBBBBBI")
-_RTMSG_TYPE = 7
 _RTN_LOCAL = 2
 _RTN_BROADCAST = 3
 # A bit a group: RTNLGRP_IPV4_ROUTE and RTNLGRP_IPV4_RULE
@@ -45,22 +46,28 @@ class Routes(NetlinkSocket):
 
     def look_up(self, address: IPAddress) -> Route:
         """The route to an address."""
+        # Asked on every new mapping: the answer is read where it lies, and no end is asked for.
         family = _AF_INET if address.version == 4 else _AF_INET6
-        question = _RTMSG.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0,
-                               _RTM_F_FIB_MATCH)
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        buffer = self._buffer
         try:
-            answers = self.request(
-                _RTM_GETROUTE, question + codec.attribute(_RTA_DST, address.packed))
-        except OSError:  # no route
-            return Route(local=False, broadcast=False, on_link=False)
-        for answer in answers:
-            kind = answer.payload[_RTMSG_TYPE]
-            attributes = codec.attributes(answer.payload[_RTMSG.size:])
-            # A default route without a gateway (PPP, a tunnel) puts nobody on link.
-            prefix_length = answer.payload[1]
-            return Route(kind == _RTN_LOCAL, kind == _RTN_BROADCAST,
-                         prefix_length > 0 and not attributes.keys() & _GATEWAYS)
-        return Route(local=False, broadcast=False, on_link=False)
+            self._socket.send(codec.message(
+                _RTM_GETROUTE, codec.NLM_F_REQUEST, self._sequence,
+                _RTMSG.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, _RTM_F_FIB_MATCH)
+                + codec.attribute(_RTA_DST, address.packed)))
+            while True:
+                self._socket.recv_into(buffer)
+                length, answered, _, sequence = _HEADER.unpack_from(buffer)
+                if sequence == self._sequence:
+                    break
+        except OSError:
+            return NO_ROUTE
+        if answered != _RTM_NEWROUTE:
+            return NO_ROUTE
+        _, prefix_length, _, _, _, _, _, kind, _ = _RTMSG.unpack_from(buffer, _HEADER.size)
+        # A default route without a gateway (PPP, a tunnel) puts nobody on link.
+        return Route(kind == _RTN_LOCAL, kind == _RTN_BROADCAST, prefix_length > 0 and not (
+            codec.attributes(bytes(buffer[_HEADER.size + _RTMSG.size:length])).keys() & _GATEWAYS))
 
 
 class RouteChanges:

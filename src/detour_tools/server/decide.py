@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from detour_tools.endpoint import Endpoint, IPAddress
-from detour_tools.route import Route
+from detour_tools.route import NO_ROUTE, Route
 from detour_tools.server.policy import Policy, Refusal
 from detour_tools.server.table import Decision, Entry, MappingTable, NoFreePortError, Outcome
 
@@ -22,9 +22,6 @@ class Request(NamedTuple):
     proposed: int
 
 
-_NOT_ASKED = Route(local=False, broadcast=False, on_link=False)
-
-
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What is known: the mapping that the client has to the remote (``standing``), else what the
@@ -32,7 +29,7 @@ class Facts:
     """
 
     standing: Entry | None = None
-    route: Route = _NOT_ASKED
+    route: Route = NO_ROUTE
     listening: frozenset[int] = frozenset()
 
 
@@ -63,7 +60,7 @@ def decide(request: Request, facts: Facts, table: MappingTable, policy: Policy,
 
     while True:
         try:
-            return Decided(table.request(client, remote, proposed, now, forbidden), tuple(gone))
+            return Decided(table.add(client, remote, proposed, now, forbidden), tuple(gone))
         except NoFreePortError:
             if not _make_room(Refusal.NO_PORT, client, table, gone):
                 return Decided(policy.count(Refusal.NO_PORT), tuple(gone))

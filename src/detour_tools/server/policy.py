@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_network
+from itertools import chain
 
 from detour_tools.endpoint import Endpoint, IPAddress, Network
 from detour_tools.mapping import Mapping
@@ -217,6 +218,13 @@ class Policy:
         self._remotes = NetworkSet(rules.allow_remotes)
         self._denied = NetworkSet(rules.deny_remotes)
         self._own = NetworkSet(rules.own_addresses)
+        # Most remotes are in none of these networks, which one look tells.
+        self._particular = NetworkSet((
+            *rules.own_addresses, *rules.deny_remotes,
+            *(ip_network(text) for text in (*_PRIVATE_REMOTES, *_PLATFORM)),
+            *(ip_network(text) for _, texts in _NEVER for text in texts)))
+        self._denied_ports = frozenset(chain.from_iterable(rules.deny_ports))
+        self._forbidden_ports = frozenset(chain.from_iterable(rules.forbid_ports))
         self._limiter = RateLimiter(rules.rate)
         self._second_attempts = SecondAttempts(rules.rate)
 
@@ -257,6 +265,8 @@ class Policy:
         address = remote.address
         if not remote.port:
             return Refusal.PORT
+        if not (own or broadcast or on_link or address in self._particular):
+            return Refusal.DENIED_PORT if remote.port in self._denied_ports else None
         if address in _NEVER_SET:
             return next(refusal for refusal, networks in _NEVER_SETS if address in networks)
         if own or address in self._own:
@@ -265,7 +275,7 @@ class Policy:
             return Refusal.BROADCAST
         if address in self._denied:
             return Refusal.DENIED
-        if any(remote.port in ports for ports in self.rules.deny_ports):
+        if remote.port in self._denied_ports:
             return Refusal.DENIED_PORT
         if address in self._remotes:
             return None
@@ -277,7 +287,7 @@ class Policy:
 
     def forbids_port(self, port: int) -> bool:
         """Whether the detour port is given to nobody."""
-        return any(port in ports for ports in self.rules.forbid_ports)
+        return port in self._forbidden_ports
 
     def idle_limit(self, in_all: int) -> float:
         """After how many seconds without flow and request a mapping goes, with so many there."""

@@ -135,15 +135,20 @@ class MappingTable:
 
     def request(self, client: IPAddress, remote: Endpoint, proposed: int, now: float,
                 forbidden: Callable[[int], bool]) -> Decision:
-        """Decide on a request; a new mapping is in the table at once.
-
-        ``forbidden`` says which ports the detour must not give away, to anybody.
-        Raises NoFreePortError, and changes nothing then.
-        """
+        """Decide on a request: what there is, or else as ``add``. Raises NoFreePortError."""
         found = self.find(client, remote)
         if found is not None:
             self.touch(found, now)
             return Decision(Outcome.EXISTING, found)
+        return self.add(client, remote, proposed, now, forbidden)
+
+    def add(self, client: IPAddress, remote: Endpoint, proposed: int, now: float,
+            forbidden: Callable[[int], bool]) -> Decision:
+        """Make the client's mapping to a remote to which it has none; it is in the table at once.
+
+        ``forbidden`` says which ports the detour must not give away, to anybody.
+        Raises NoFreePortError, and changes nothing then.
+        """
         state = self._clients.get(client)
         if state is None:
             state = _Client()
