@@ -123,7 +123,7 @@ def test_a_flood_of_malformed_datagrams_is_dropped_unread(lab, start_server, sta
     """And what is malformed is read, and said, once the flood has ended."""
     detour, client = lab.host("detour"), lab.host("client")
     server = start_server(detour)
-    flood = start(lab.host("r3"), [sys.executable, "-m", "tests.netns.flood", detour.address, 7, 0])
+    flood = start(lab.host("r3"), [sys.executable, "-m", "tests.netns.flood", detour.address, 7])
     server.wait_line("a flood of malformed datagrams")
     before = counts(detour)
     asking.in_time("it counts them", (counts(detour)["lost"] > before["lost"] + 5000

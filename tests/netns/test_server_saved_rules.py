@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A host's rules that an administrator saved while a server ran load again, at boot or by hand."""
 
+import contextlib
 import re
+import signal
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
+from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Host, Lab
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
@@ -31,6 +35,16 @@ def load(host: Host, command: list[str], text: str) -> None:
     done = subprocess.run(["ip", "netns", "exec", host.namespace, *command], input=text, text=True,
                           capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@contextlib.contextmanager
+def at_rest(server: Daemon) -> Iterator[None]:
+    """With the server stopped, as it would make its table anew at once."""
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
 
 
 def save(host: Host, backend: str) -> str:
@@ -60,7 +74,7 @@ def admins(lab: Lab) -> Host:
 def test_what_is_listed_loads_again(lab: Lab, serve: Serve, backend: str, admins: Host,
                                     asker: Asker, relay: str, router: str,
                                     limits: tuple[object, ...]):
-    serve("--relay", relay, "--router", router, *limits)
+    server = serve("--relay", relay, "--router", router, *limits)
     WhoAmI(lab.host("server"), 80)
     assert asker.ask("10.0.3.2:80", 80) == 80
     if relay == "tcp":
@@ -73,19 +87,20 @@ def test_what_is_listed_loads_again(lab: Lab, serve: Serve, backend: str, admins
     host_rules = admins.run(["nft", "list", "table", "inet", "admins"]).stdout
 
     _, clear, restore = SAVED[backend]
-    admins.run(clear)
-    load(admins, restore, saved)
+    with at_rest(server):
+        admins.run(clear)
+        load(admins, restore, saved)
 
-    assert lasting(save(admins, backend)) == lasting(saved)
-    if backend == "nftables":
-        assert admins.run(["nft", "list", "table", "inet", "admins"]).stdout == host_rules
-    if relay == "joins":
-        assert asking.refuses(lab.host("client"), admins.address, 80)
-        return
-    flow = Flow(lab.host("client"), admins.address, 80)
-    assert flow.seen_as == str(admins.address)
-    assert flow.echo()
-    assert before.echo()
+        assert lasting(save(admins, backend)) == lasting(saved)
+        if backend == "nftables":
+            assert admins.run(["nft", "list", "table", "inet", "admins"]).stdout == host_rules
+        if relay == "joins":
+            assert asking.refuses(lab.host("client"), admins.address, 80)
+            return
+        flow = Flow(lab.host("client"), admins.address, 80)
+        assert flow.seen_as == str(admins.address)
+        assert flow.echo()
+        assert before.echo()
 
 
 def test_rules_that_were_loaded_at_boot_are_taken_over(lab: Lab, serve: Serve, backend: str,

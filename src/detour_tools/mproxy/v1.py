@@ -25,6 +25,7 @@ LENGTH = 12
 OP_REQUEST = 0
 OP_RESPONSE = 1
 
+_REQUEST = bytes((VERSION, OP_REQUEST))
 _LAYOUT = struct.Struct("!BBH4sHH")
 
 
@@ -49,6 +50,11 @@ def encode(message: Request | Response) -> bytes:
     op = OP_REQUEST if isinstance(message, Request) else OP_RESPONSE
     remote = message.remote
     return _LAYOUT.pack(VERSION, op, 0, remote.address.packed, remote.port, message.detour_port)
+
+
+def is_request(datagram: bytes) -> bool:
+    """Whether the datagram is a request, for who does not want to know for what."""
+    return len(datagram) == LENGTH and datagram.startswith(_REQUEST)
 
 
 def decode(datagram: bytes) -> Request | Response:

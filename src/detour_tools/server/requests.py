@@ -133,7 +133,8 @@ class Requests:
         counters.received += 1
         known = self._keeper.table.count(sender.address) > 0
         # What waits in the kernel meanwhile gets old, and may be of clients that are known.
-        if self._behind and not known and not self._standing and self._queue.crowded:
+        if (self._behind and not known and not self._standing and self._queue.crowded
+                and v1.is_request(data)):
             self._overflowed()
             return
         try:
