@@ -230,7 +230,7 @@ def test_half_a_character_can_be_printed(stand_in):
 
 def test_a_folder_that_is_a_link_is_not_asked(impostor: Impostor, tmp_path):
     folder = control.socket_path(PROGRAM).parent
-    folder.rename(tmp_path / "elsewhere")
+    shutil.move(folder, tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
     impostor(lambda connection: connection.sendall(b'{"result": 1}\n'))
     with pytest.raises(UserError, match="is no folder"):

@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +48,19 @@ def host(lab: Lab) -> Host:
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Path:
+def memory(tmp_path: Path) -> Iterator[Path]:
     """The folder of what is written to the host's, with a release in /opt."""
     folder = tmp_path / "memory"
+    folder.mkdir()
+    # One overlay cannot be written to another, which the host's folders may lie on.
+    subprocess.run(["mount", "-t", "tmpfs", "memory", folder], check=True)
     for each in ("etc", "opt", "work-etc", "work-opt"):
         (folder / each).mkdir(parents=True)
     programs = folder / "opt/detour-tools/r1/bin"
     programs.mkdir(parents=True)
     (programs / "detour-server").symlink_to(_BIN / "detour-server")
-    return folder
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 def _tasks(role: str, file: str, names: list[str]) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ def test_a_server_takes_no_foreign_name_from_its_journal(lab, start_server, name
     kept = json.loads(journal.read_text())
     journal.write_text(json.dumps({name: ["77", "64"]} | kept))
     server = start_server(detour, *PRIVATE)
+    server.wait_line("names what this program never sets")
     assert len(server.matching("names what this program never sets")) == 1
     assert server.stop() == 0
     assert ttl(detour) == "64"
@@ -49,7 +50,7 @@ def test_a_client_takes_no_foreign_name_from_its_journal(lab, start_client):
     journal.write_text(json.dumps({"net.ipv4.ip_default_ttl": ["77", "64"]}
                                   | json.loads(journal.read_text())))
     daemon = start_client(client, "10.0.6.2")
-    assert daemon.matching("names what this program never sets")
+    daemon.wait_line("names what this program never sets")
     assert daemon.stop() == 0
     assert ttl(client) == "64"
 
@@ -61,7 +62,7 @@ def test_an_odd_value_is_not_taken(lab, start_server, value):
     start_server(detour, *PRIVATE).kill()
     journal.write_text(json.dumps({"net.ipv4.ip_forward": [value, "1"]}))
     server = start_server(detour, *PRIVATE)
-    assert server.matching("names what this program never sets")
+    server.wait_line("names what this program never sets")
     assert server.stop() == 0
 
 

@@ -109,7 +109,7 @@ def test_the_next_server_takes_over(lab: Lab, detour: Host, start_server: StartS
     load(detour, tool.split(), text)
     assert lines(detour) != wanted
     server = start_server(detour, *arguments)
-    assert server.matching("took over 2 mappings")
+    server.wait_line("took over 2 mappings")
     assert mappings(detour) == set(kernel_mappings(detour, backend)) == TWO
     assert lines(detour) == wanted
     if relay == "joins":

@@ -47,7 +47,7 @@ def test_a_latin_1_comment_hides_no_rule(lab, start_server, tmp_path):
     detour.run(["nft", "-f", str(rules)])
     server = start_server(detour, "--backend", "nftables", *PRIVATE)
     server.wait_line("serving")
-    assert server.matching("rule 'drop' of chain ip fw f drops detoured packets")
+    server.wait_line("rule 'drop' of chain ip fw f drops detoured packets")
     assert not server.matching("cannot tell")
 
 

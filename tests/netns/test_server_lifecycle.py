@@ -73,7 +73,7 @@ def test_after_a_kill_the_next_one_takes_over(lab, serve, backend, asker, web):
         assert flow.echo(), "flows do not need the server"
         assert not asking.refuses(lab.host("client"), "10.0.6.2", 80), "nor do mappings"
         server = serve()
-        assert server.matching("took over 2 mappings")
+        server.wait_line("took over 2 mappings")
         assert mappings(detour) == before
         assert set(kernel_mappings(detour, backend)) == before
         assert asker.ask("10.0.3.2:81", 0) == picked
@@ -179,7 +179,7 @@ def test_reload(lab, serve, backend, asker, tmp_path):
                       'listen = "0.0.0.0:99"\n')
     server.process.send_signal(signal.SIGHUP)
     server.wait_line("^.*reloaded$")
-    assert server.matching("listen takes effect at the next start only")
+    server.wait_line("listen takes effect at the next start only")
     assert stranger.ask("10.0.3.2:80", 80) == 80
     policy = asking.status(detour)["policy"]
     assert (policy["max_mappings"], policy["idle_timeout"]) == (200000, 200.0)
@@ -322,7 +322,7 @@ def test_a_narrower_policy_holds_for_mappings_that_are_there(lab, serve, backend
     server.kill()
     config.write_text('allow-client = ["10.9.0.0/16"]\n')
     server = serve("--config", config)
-    assert server.matching("removed 1 mappings that are not allowed any more")
+    server.wait_line("removed 1 mappings that are not allowed any more")
     assert kernel_mappings(detour, backend) == []
     assert asking.is_cut(flow)
     assert asking.status(detour)["refused"] == {}

@@ -189,7 +189,7 @@ def test_what_is_refused_makes_nothing(lab, serve, backend, asker):
     assert found["refused"] == counts
     assert found["requests"]["refused"] == len(reasons) + 1
     assert [remote for _, _, remote in kernel_mappings(detour, backend)] == [str(SENTINEL)]
-    assert server.matching("^refused .* 192.168.1.1:80 .*--allow-remote")
+    server.wait_line("^refused .* 192.168.1.1:80 .*--allow-remote")
 
 
 def test_refusals_are_printed_at_a_bounded_rate(lab, serve, asker):
@@ -264,7 +264,7 @@ def test_malformed_datagrams_get_no_answer(lab, serve, asker):
         asker.send(datagram)
     assert asker.ask("10.0.3.2:80", 80) == 80, "and nothing else was answered before it"
     assert asking.status(lab.host("detour"))["requests"]["malformed"] == 10
-    assert server.matching("malformed datagram from 10.0.1.1: empty")
+    server.wait_line("malformed datagram from 10.0.1.1: empty")
 
 
 def test_a_thousand_mappings_in_the_kernel(lab, serve, backend, asker):
@@ -300,7 +300,7 @@ def test_a_remote_that_becomes_the_detours_own_is_out_of_reach(lab, serve, backe
             Flow(client, "10.0.6.2", 80, timeout=0.5).close()
     asking.in_time("the mapping is gone", (("10.0.1.1", 80, "10.0.3.2:80") not in mappings(detour)
                                            for _ in itertools.count()))
-    assert server.matching("removed 1 mappings that are not allowed")
+    server.wait_line("removed 1 mappings that are not allowed")
     server.kill()
     detour.run(["ip", "address", "add", "10.0.3.77/32", "dev", "lo"])
     serve()

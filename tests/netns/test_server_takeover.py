@@ -51,7 +51,7 @@ def test_a_table_as_we_make_it_is_taken_over_in_place(lab, start_server, asker, 
     before, rules = handle(detour), rules_of(detour)
     for _ in range(2):
         server = start_server(detour, *ARGUMENTS)
-        assert server.matching("took over 2 mappings")
+        server.wait_line("took over 2 mappings")
         assert handle(detour) == before
         assert rules_of(detour) == rules
         assert set(kernel_mappings(detour, "nftables")) == mappings(detour)
@@ -89,7 +89,7 @@ def test_a_table_that_somebody_changed_is_made_anew(lab, start_server, asker, fl
     detour.run(["nft", change])
     assert rules_of(detour) != rules
     server = start_server(detour, *ARGUMENTS)
-    assert server.matching("took over 2 mappings")
+    server.wait_line("took over 2 mappings")
     assert handle(detour) != before
     assert rules_of(detour) == rules
     assert flow.echo()
@@ -120,7 +120,7 @@ def test_who_has_a_mapping_is_answered_while_it_is_taken_over(lab, start, start_
     assert set(answered) == {80}
     assert not server.matching("took over")
     server.wait_line("serving")
-    assert server.matching("took over 3 mappings")
+    server.wait_line("took over 3 mappings")
     assert mappings(detour) >= {("10.0.1.1", 80, "10.0.3.2:80")}
     for answer in asker.answers(0.5):
         answered.append(answer.remote.port)
