@@ -228,10 +228,14 @@ def test_half_a_character_can_be_printed(stand_in):
     assert (done.stdout, done.stderr) == ("flushed \\ud800 mappings\n", "")
 
 
-def test_a_folder_that_is_a_link_is_not_asked(impostor: Impostor, tmp_path):
+def test_a_folder_that_is_a_link_is_not_asked(impostor: Impostor):
     folder = control.socket_path(PROGRAM).parent
-    shutil.move(folder, tmp_path / "elsewhere")
-    folder.symlink_to(tmp_path / "elsewhere")
+    elsewhere = folder.rename(folder.with_name(f"{folder.name}-elsewhere"))
+    folder.symlink_to(elsewhere)
     impostor(lambda connection: connection.sendall(b'{"result": 1}\n'))
-    with pytest.raises(UserError, match="is no folder"):
-        control.call(PROGRAM, "status")
+    try:
+        with pytest.raises(UserError, match="is no folder"):
+            control.call(PROGRAM, "status")
+    finally:
+        folder.unlink()
+        elsewhere.rename(folder)
