@@ -71,6 +71,10 @@ class NatBackend(Protocol):
     def name(self) -> str:
         """What the back end is called in options and messages."""
 
+    @property
+    def quick_changes(self) -> int:
+        """So many changes ``commit`` makes in a millisecond, and in any thread."""
+
     def open(self) -> None:
         """Get ready for use; raises UserError where this back end cannot be used."""
 

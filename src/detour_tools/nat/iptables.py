@@ -55,6 +55,7 @@ class IptablesBackend:
     """Mappings as rules of two chains, through python-iptables' access to libiptc."""
 
     name = "iptables"
+    quick_changes = 0
 
     def __init__(self) -> None:
         self._tables: dict[str, Any] = {}

@@ -146,13 +146,15 @@ class NftablesBackend:
     """Mappings as elements of an nftables map, through libnftables in this process."""
 
     name = "nftables"
+    quick_changes = 256
 
     def __init__(self) -> None:
         self._nft: Any = None
-        try:
-            self._netlink: NfTables | None = NfTables()
-        except OSError:  # a kernel without nf_tables, which open() says in its words
-            self._netlink = None
+        self._netlink: NfTables | None = None
+        self._commits: NfTables | None = None  # another thread may ask by the first one meanwhile
+        # A kernel without nf_tables is what open() says in its words.
+        with contextlib.suppress(OSError):
+            self._netlink, self._commits = NfTables(), NfTables()
         self._handle = b""
         self._refused_before = 0
         self._left: list[bytes] | None = None  # the map's elements, all of the usual size
@@ -213,9 +215,9 @@ class NftablesBackend:
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
         """Remove, then add elements in one transaction."""
-        assert self._netlink is not None  # noqa: S101 - opened
+        assert self._commits is not None  # noqa: S101 - opened
         try:
-            self._netlink.change(TABLE, _elements(remove), _elements(add))
+            self._commits.change(TABLE, _elements(remove), _elements(add))
         except OSError as error:
             raise NatError(error.strerror) from None
 

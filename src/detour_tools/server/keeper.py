@@ -138,9 +138,14 @@ class Keeper:
         Raises NatError after undoing them in the table.
         """
         assert self._backend is not None  # noqa: S101 - started
+        add, remove = [entry.mapping for entry in new], [entry.mapping for entry in gone]
         try:
-            await self._in_nat(self._backend.commit, [entry.mapping for entry in new],
-                               [entry.mapping for entry in gone])
+            # A thread takes longer to begin than the kernel to make a few changes.
+            if len(add) + len(remove) <= self._backend.quick_changes:
+                self._backend.commit(add, remove)
+                await asyncio.sleep(0)  # others' turn
+            else:
+                await self._in_nat(self._backend.commit, add, remove)
         except NatError as error:
             self.failed_commits += 1
             try:
