@@ -207,6 +207,15 @@ def test_second_attempts_have_a_rate_and_a_bounded_memory():
     assert sum(again.allows(CLIENT, remote, 0.5) for remote in remotes[-100:]) == 2
 
 
+def test_a_flood_at_full_speed_has_no_second_attempt_forgotten():
+    again = SecondAttempts(100.0)
+    assert not again.allows(CLIENT, REMOTE, 0.0)
+    # 90,000 a second, for as long as a client waits.
+    assert not any(again.allows(CLIENT, Endpoint(ip_address(0x08000000 + number), 1), 0.1)
+                   for number in range(27000))
+    assert again.allows(CLIENT, REMOTE, 0.3)
+
+
 @given(st.lists(st.floats(0, 2), max_size=60), st.floats(1, 20))
 def test_never_more_than_the_rate_and_one_burst(gaps, rate):
     limiter, now, passed = RateLimiter(rate), 0.0, 0
