@@ -14,7 +14,7 @@ from detour_tools.endpoint import Endpoint, parse_endpoint
 from detour_tools.mapping import Mapping
 from detour_tools.server import ports
 from detour_tools.server.ports import PortPool
-from detour_tools.server.table import MappingTable, NoFreePortError, Outcome
+from detour_tools.server.table import Decision, MappingTable, NoFreePortError, Outcome
 
 ALICE = IPv4Address("10.0.1.1")
 BOB = IPv4Address("10.0.1.2")
@@ -31,8 +31,17 @@ def new_table() -> MappingTable:
     return MappingTable(Random(1))
 
 
+def request(table, client, remote, proposed, now, forbidden):
+    """As decide() has it: what there is, or else a new one."""
+    found = table.find(client, remote)
+    if found is None:
+        return table.add(client, remote, proposed, now, forbidden)
+    table.touch(found, now)
+    return Decision(Outcome.EXISTING, found)
+
+
 def ask(table, client, remote, proposed, forbidden=nothing, now=0.0):
-    outcome, entry = table.request(client, remote, proposed, now, forbidden)
+    outcome, entry = request(table, client, remote, proposed, now, forbidden)
     assert entry.mapping.client == client
     assert entry.mapping.remote == remote
     return outcome.value, entry.mapping.detour_port
@@ -66,7 +75,7 @@ def test_transcript_of_the_four_rules():
 
 def test_a_removed_mapping_frees_its_port():
     table = new_table()
-    table.remove(table.request(ALICE, WEB, 80, 0.0, nothing).entry)
+    table.remove(request(table, ALICE, WEB, 80, 0.0, nothing).entry)
     assert len(table) == table.clients == 0
     assert ask(table, ALICE, OTHER, 80) == ("new", 80)
 
@@ -107,7 +116,7 @@ def test_all_ports_of_a_client_can_be_picked_and_then_none():
 
 def test_a_port_above_1023_that_comes_free_is_picked_again():
     table = new_table()
-    entries = [table.request(ALICE, Endpoint(WEB.address, number), 0, 0.0, nothing).entry
+    entries = [request(table, ALICE, Endpoint(WEB.address, number), 0, 0.0, nothing).entry
                for number in range(1, 65537 - ports.FIRST_OTHER)]
     gone = next(entry for entry in entries if entry.mapping.detour_port == 1024)
     table.remove(gone)
@@ -117,32 +126,32 @@ def test_a_port_above_1023_that_comes_free_is_picked_again():
 def test_a_port_costs_the_same_when_few_are_left_and_100000_mappings_are_there():
     table = new_table()
     for number in range(100_000):
-        table.request(ip_address(0x0A000000 + number // 1000), Endpoint(WEB.address, number % 1000),
-                      0, 0.0, nothing)
+        request(table, ip_address(0x0A000000 + number // 1000),
+                Endpoint(WEB.address, number % 1000), 0, 0.0, nothing)
 
     def cost(client: IPv4Address, first: int) -> float:
         best = 1.0
         for round_ in range(5):
             start = time.perf_counter()
             for number in range(200):
-                table.request(client, Endpoint(OTHER.address, first + 200 * round_ + number), 0,
+                request(table, client, Endpoint(OTHER.address, first + 200 * round_ + number), 0,
                               0.0, nothing)
             best = min(best, time.perf_counter() - start)
         return best
 
     few = cost(ALICE, 0)
     for number in range(2000, ports.COUNT - 1000):
-        table.request(ALICE, Endpoint(OTHER.address, number), 0, 0.0, nothing)
+        request(table, ALICE, Endpoint(OTHER.address, number), 0, 0.0, nothing)
     many = cost(ALICE, 20000)
     assert many < 5 * few
 
 
 def test_the_longest_unused_come_first():
     table = new_table()
-    first, second, third = (table.request(ALICE, Endpoint(WEB.address, port), 0, float(port),
+    first, second, third = (request(table, ALICE, Endpoint(WEB.address, port), 0, float(port),
                                           nothing).entry for port in (1, 2, 3))
     assert list(table.unused_since(2.0, 2.0)) == [first, second]
-    table.request(ALICE, Endpoint(WEB.address, 1), 0, 4.0, nothing)
+    request(table, ALICE, Endpoint(WEB.address, 1), 0, 4.0, nothing)
     assert list(table.unused_since(3.0, 3.0)) == [second, third]
     table.touch(second, 5.0)
     assert list(table.unused_since(3.0, 3.0)) == [third]
@@ -154,7 +163,7 @@ def test_the_longest_unused_come_first():
 
 def test_a_flow_proves_a_mapping():
     table = new_table()
-    first, second, third = (table.request(ALICE, Endpoint(WEB.address, port), 0, float(port),
+    first, second, third = (request(table, ALICE, Endpoint(WEB.address, port), 0, float(port),
                                           nothing).entry for port in (1, 2, 3))
     table.prove(second, 4.0)
     assert list(table.unproven) == [first, third]
@@ -180,7 +189,7 @@ def test_idle_clients_leave_nothing_behind():
     table = new_table()
     for number in range(1000):
         client = ip_address(0x0A000000 + number)
-        table.remove(table.request(client, WEB, 0, 0.0, nothing).entry)
+        table.remove(request(table, client, WEB, 0, 0.0, nothing).entry)
     assert table.clients == 0
 
 
@@ -203,7 +212,7 @@ class AgainstAModel(RuleBasedStateMachine):
         self.now += 1
         used = {port for (owner, _), port in self.model.items() if owner == client}
         known = self.model.get((client, remote))
-        outcome, entry = self.table.request(client, remote, proposed, self.now,
+        outcome, entry = request(self.table, client, remote, proposed, self.now,
                                             listening.__contains__)
         port = entry.mapping.detour_port
         if known is not None:

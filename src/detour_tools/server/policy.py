@@ -247,8 +247,7 @@ class Policy:
 
     def check_remote(self, remote: Endpoint, route: Route) -> Refusal | None:
         """Whether a mapping to the remote may be made; ``route`` is the detour's to it."""
-        refusal = self._refusal(remote, own=route.local, broadcast=route.broadcast,
-                                on_link=route.on_link)
+        refusal = self._refusal_by_route(remote, route)
         return None if refusal is None else self.count(refusal)
 
     def permits(self, mapping: Mapping, host: HostAddresses) -> bool:
@@ -260,8 +259,11 @@ class Policy:
 
     def permits_by_route(self, mapping: Mapping, route: Route) -> bool:
         """Whether a mapping that stands may stay with this route to its remote; counts nothing."""
-        return self._refusal(mapping.remote, own=route.local, broadcast=route.broadcast,
-                             on_link=route.on_link) is None
+        return self._refusal_by_route(mapping.remote, route) is None
+
+    def _refusal_by_route(self, remote: Endpoint, route: Route) -> Refusal | None:
+        return self._refusal(remote, own=route.local, broadcast=route.broadcast,
+                             on_link=route.on_link)
 
     def _refusal(self, remote: Endpoint, *, own: bool, broadcast: bool,
                  on_link: bool) -> Refusal | None:

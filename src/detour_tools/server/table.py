@@ -133,15 +133,6 @@ class MappingTable:
         return itertools.islice(every, bisect_right(every, after, key=_serial),
                                 bisect_right(every, until, key=_serial))
 
-    def request(self, client: IPAddress, remote: Endpoint, proposed: int, now: float,
-                forbidden: Callable[[int], bool]) -> Decision:
-        """Decide on a request: what there is, or else as ``add``. Raises NoFreePortError."""
-        found = self.find(client, remote)
-        if found is not None:
-            self.touch(found, now)
-            return Decision(Outcome.EXISTING, found)
-        return self.add(client, remote, proposed, now, forbidden)
-
     def add(self, client: IPAddress, remote: Endpoint, proposed: int, now: float,
             forbidden: Callable[[int], bool]) -> Decision:
         """Make the client's mapping to a remote to which it has none; it is in the table at once.
