@@ -13,7 +13,7 @@ from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Host, Lab
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
-from tests.netns.conftest import Serve
+from tests.netns.conftest import PRIVATE, Serve, Start
 
 ADMINS = """
 table inet admins {
@@ -121,3 +121,16 @@ def test_rules_that_were_loaded_at_boot_are_taken_over(lab: Lab, serve: Serve, b
     assert Flow(lab.host("client"), admins.address, 80).echo()
     again.stop()
     assert asking.rules(admins) == before
+
+
+def test_a_host_that_has_no_names_of_protocols(lab: Lab, start: Start, admins: Host):
+    """Without netbase nft lists a time-out's protocol as a number, and refuses its own listing."""
+    hide = ["unshare", "--mount", "sh", "-c",
+            'mount --bind /dev/null /etc/protocols; exec "$@"', "sh"]
+    server = start(admins, [*hide, "detour-server", *PRIVATE])
+    server.wait_line("serving")
+    assert any("install netbase" in line for line in server.lines)
+    asking.Asker(lab.host("client"), admins.address).ask("10.0.3.2:80", 80)
+    saved = admins.run([*hide, "nft", "list", "ruleset"]).stdout
+    assert "10.0.3.2" in saved
+    load(admins, [*hide, "nft", "--check", "-f", "-"], saved)

@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import importlib
 import logging
+import socket
 import struct
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -275,9 +276,11 @@ class NftablesBackend:
         if (used.flows_per_client, used.flows) != (wanted.flows_per_client, wanted.flows):
             log.warning("flows are not limited: this kernel does not count them (nft_connlimit)")
         if used.requests != wanted.requests:
-            log.warning("a flood of requests can fill connection tracking: this kernel has no time-"
-                        "outs of ours (CONFIG_NF_CONNTRACK_TIMEOUT); allow few clients, or raise "
-                        "net.netfilter.nf_conntrack_max")
+            why = ("this kernel has no time-outs of ours (CONFIG_NF_CONNTRACK_TIMEOUT)"
+                   if _names_protocols() else "without /etc/protocols rules with a time-out would "
+                   "not load again once saved; install netbase, and start again")
+            log.warning("a flood of requests can fill connection tracking: %s; or allow few "
+                        "clients, or raise net.netfilter.nf_conntrack_max", why)
 
     def _run(self, commands: str) -> None:
         status, _, error = self._nft.cmd(commands)
@@ -288,8 +291,18 @@ class NftablesBackend:
         return self._netlink.table_handle(TABLE) if self._netlink else None
 
 
+def _names_protocols() -> bool:
+    """Whether nft lists a time-out in a way that it reads again: by the protocol's name."""
+    try:
+        return bool(socket.getprotobyname("udp"))
+    except OSError:
+        return False
+
+
 def _ways(capacity: int, terms: Terms) -> list[tuple[Terms, str]]:
     """What to try in turn: a kernel without labels, 'ct timeout' or 'ct count' does without."""
+    if not _names_protocols():
+        terms = dataclasses.replace(terms, requests=0)
     unlimited = dataclasses.replace(terms, flows_per_client=0, flows=0)
     return [(tried, _ruleset(capacity, tried, labels=labels))
             for limited in (terms, unlimited)
