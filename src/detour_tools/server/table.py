@@ -186,12 +186,17 @@ class MappingTable:
             self.unproven.touch(entry)
 
     def prove(self, entry: Entry, now: float) -> None:
-        """Note that a flow goes through the mapping."""
-        if not entry.proven:
+        """Note that a flow goes through the mapping, if it is (still) in the table."""
+        # Called for every mapping at every look at the flows.
+        serial = entry.serial
+        if serial not in self._proven:
+            if entry not in self.unproven:
+                return
             self.unproven.remove(entry)
             entry.proven = True
-            self._proven[entry.serial] = entry
-        self.touch(entry, now)
+            self._proven[serial] = entry
+        entry.last_used = now
+        self._proven.move_to_end(serial)
 
     def unused_since(self, limit: float, unproven_limit: float) -> Iterator[Entry]:
         """The entries last used at or before ``limit``, the unproven ones ``unproven_limit``.
