@@ -73,7 +73,10 @@ class NatBackend(Protocol):
 
     @property
     def quick_changes(self) -> int:
-        """So many changes ``commit`` makes in a millisecond, and in any thread."""
+        """So many changes ``commit`` makes in a millisecond, and in any thread.
+
+        If there are some, ``intact`` takes microseconds, in any thread as well.
+        """
 
     def open(self) -> None:
         """Get ready for use; raises UserError where this back end cannot be used."""

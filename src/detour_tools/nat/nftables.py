@@ -152,10 +152,11 @@ class NftablesBackend:
     def __init__(self) -> None:
         self._nft: Any = None
         self._netlink: NfTables | None = None
-        self._commits: NfTables | None = None  # another thread may ask by the first one meanwhile
+        # For commit() and intact(): another thread may ask by the first one meanwhile.
+        self._quick: NfTables | None = None
         # A kernel without nf_tables is what open() says in its words.
         with contextlib.suppress(OSError):
-            self._netlink, self._commits = NfTables(), NfTables()
+            self._netlink, self._quick = NfTables(), NfTables()
         self._handle = b""
         self._refused_before = 0
         self._left: list[bytes] | None = None  # the map's elements, all of the usual size
@@ -216,15 +217,16 @@ class NftablesBackend:
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
         """Remove, then add elements in one transaction."""
-        assert self._commits is not None  # noqa: S101 - opened
+        assert self._quick is not None  # noqa: S101 - opened
         try:
-            self._commits.change(TABLE, _elements(remove), _elements(add))
+            self._quick.change(TABLE, _elements(remove), _elements(add))
         except OSError as error:
             raise NatError(error.strerror) from None
 
     def intact(self) -> bool:
         """Whether the table is the one we made."""
-        return bool(self._handle) and self._table_handle() == self._handle
+        return bool(self._handle) and self._quick is not None and (
+            self._quick.table_handle(TABLE) == self._handle)
 
     def refused_flows(self) -> int:
         """What our counter says, and those before it."""

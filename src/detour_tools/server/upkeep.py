@@ -25,7 +25,7 @@ _CHECK_SECONDS = 2.0
 # Where our rules keep the host from being a router; a look at whether they stand takes one part in
 # so many of the time at most. Not by nf_tables' notifications: while anybody listens the kernel
 # makes one of each mapping.
-_GUARD_SECONDS = 0.1
+_GUARD_SECONDS = 0.2
 _GUARD_SHARE = 10
 _SWEEP_SECONDS = 15.0
 # A look at the flows proves mappings; where unproven ones make room it must come before their turn.
