@@ -11,6 +11,7 @@ import itertools
 import select
 import signal
 import socket
+import statistics
 import struct
 import threading
 import time
@@ -201,12 +202,12 @@ class _Scale:
 
         def next_time() -> tuple[float, float, int]:
             """Until something has expired again: so that whole turns are measured."""
-            before, deadline = expired(), time.monotonic() + 300
+            before, deadline = expired(), time.monotonic() + 600
             while (now := expired()) == before:
                 if time.monotonic() > deadline:
                     raise RuntimeError("nothing expires")
                 self.socket.send(next(fresh))
-                time.sleep(2.0)  # what it asks costs the server, too
+                time.sleep(5.0)  # what it asks costs the server, too
             return self.server.cpu_seconds(), time.monotonic(), now
 
         start = end = next_time()
@@ -231,8 +232,9 @@ class _Scale:
             times.append(time.monotonic() - began)
             if printed.count("\n") <= self.count:
                 raise RuntimeError("the list is not whole")
-        yield Figure(bench=NAME, name=f"list of {self.count:,}", value=min(times), unit="s",
-                     target="<= 1 s", met=min(times) <= 1, details={"times": times})
+        took = statistics.median(times)
+        yield Figure(bench=NAME, name=f"list of {self.count:,}", value=took, unit="s",
+                     target="<= 1 s", met=took <= 1, details={"times": times})
 
     def kill(self) -> Iterator[Figure]:
         """How long the next one is deaf after SIGKILL, and what memory it keeps."""
