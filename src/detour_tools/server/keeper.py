@@ -31,6 +31,7 @@ _SLACK = 1024
 _REPAIR_PAUSE = 1.0
 # Requests wait for so many at most: some milliseconds.
 _TAKEN_OVER_A_TURN = 500
+_REMOVED_A_TURN = 512
 
 
 class Keeper:
@@ -157,17 +158,18 @@ class Keeper:
                     self.table.insert(entry.mapping, time.monotonic())
                 raise error from None
 
-    async def remove(self, entries: Sequence[Entry], still: Callable[[Entry], bool],
-                     at_once: int = 512) -> list[Mapping]:
+    async def remove(self, entries: Sequence[Entry], still: Callable[[Entry], bool], *,
+                     idle: bool = False) -> list[Mapping]:
         """Remove the entries of which ``still`` holds, then cut their flows; returns which.
 
+        ``idle``: they have none, as a look has just shown, so that no other is needed to find them.
         Raises NatError; what was removed until then stays removed.
         """
         removed: list[Mapping] = []
         try:
-            for start in range(0, len(entries), at_once):
+            for start in range(0, len(entries), _REMOVED_A_TURN):
                 async with self.lock:
-                    gone = [entry for entry in entries[start:start + at_once]
+                    gone = [entry for entry in entries[start:start + _REMOVED_A_TURN]
                             if self.table.holds(entry) and still(entry)]
                     for entry in gone:
                         self.table.remove(entry)
@@ -175,7 +177,8 @@ class Keeper:
                         await self.commit([], gone)
                 removed += [entry.mapping for entry in gone]
         finally:
-            await self.cut(removed)
+            if not idle:
+                await self.cut(removed)
         return removed
 
     async def live(self) -> tuple[set[bytes], float]:

@@ -234,7 +234,7 @@ class Upkeep:
         await self._look(pressed=pressed)
         used_at = {entry: entry.last_used for entry in table.unused_since(*since)}
         removed = await self._keeper.remove(
-            list(used_at), lambda entry: entry.last_used == used_at[entry])
+            list(used_at), lambda entry: entry.last_used == used_at[entry], idle=True)
         if removed:
             self.expired += len(removed)
             log.info("removed %d idle mappings", len(removed))
