@@ -315,7 +315,10 @@ def _ways(capacity: int, terms: Terms) -> list[tuple[Terms, str]]:
 def _ruleset(capacity: int, terms: Terms, *, labels: bool) -> str:
     forward = []
     if terms.relay == "joins":
-        forward.append(f"tcp flags & syn == syn {_OURS} jump opening")
+        # Of the answer by its label: the mapping may have made room for another meanwhile.
+        forward += ([f"ct state new tcp flags & syn == syn {_OURS} jump opening",
+                     f"tcp flags & syn == syn ct label {LABEL} jump opening"] if labels else
+                    [f"tcp flags & syn == syn {_OURS} jump opening"])
     forward.append(f"ct state new {_OURS} goto beginning")
     if not terms.router:
         # Errors about a flow (ICMP) bear its label. Without labels they have no ports to go by.
