@@ -15,6 +15,7 @@ import struct
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from detour_tools import sysctl
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
 from detour_tools.nat import standing
@@ -42,6 +43,9 @@ log = logging.getLogger(__name__)
 #
 # 'asked': a request leaves an entry in connection tracking for 30 s otherwise, so that 9,000 forged
 # ones a second fill a table of 262,144. Set in 'input', where the entry is not in the table yet.
+#
+# 'beginning-flow': a SYN leaves one for two minutes otherwise, so that 17 forged ones a second use
+# up what a client may have open.
 _RULESET = """
 add table ip {table}
 delete table ip {table}
@@ -67,7 +71,7 @@ table ip {table} {{
     }}
     counter refused-flows {{
     }}
-    {asked}
+    {timeouts}
     chain prerouting {{
         type nat hook prerouting priority dstnat - 1; policy accept;
         fib daddr type local {relayed} dnat to ip saddr . tcp dport map @mappings
@@ -119,6 +123,14 @@ _REFUSE = f"counter name {_COUNTER} reject with tcp reset"
 
 # A request is answered within a second, or its client asks again. Whole seconds.
 _ASKED = "ct timeout asked { protocol udp; l3proto ip; policy = { unreplied : 2, replied : 2 }; }"
+# A client sends its SYN again after 1, 2 and 4 seconds; what comes later begins anew. The others
+# are the host's own: left out, they would be nft's.
+_BEGINNING = "ct timeout beginning-flow { protocol tcp; l3proto ip; policy = { %s }; }"
+_BEGINNING_SECONDS = 10
+_HOSTS_TIMEOUTS = {
+    "established": "established", "fin_wait": "fin_wait", "close_wait": "close_wait",
+    "last_ack": "last_ack", "time_wait": "time_wait", "close": "close",
+    "retrans": "max_retrans", "unack": "unacknowledged"}
 _ASKING = 'udp dport {port} ct state new ct timeout set "asked"'
 
 _DNAT = "mappings"
@@ -281,8 +293,8 @@ class NftablesBackend:
             why = ("this kernel has no time-outs of ours (CONFIG_NF_CONNTRACK_TIMEOUT)"
                    if _names_protocols() else "without /etc/protocols rules with a time-out would "
                    "not load again once saved; install netbase, and start again")
-            log.warning("a flood of requests can fill connection tracking: %s; or allow few "
-                        "clients, or raise net.netfilter.nf_conntrack_max", why)
+            log.warning("a flood of requests or of forged joins can fill connection tracking: %s; "
+                        "or allow few clients, or raise net.netfilter.nf_conntrack_max", why)
 
     def _run(self, commands: str) -> None:
         status, _, error = self._nft.cmd(commands)
@@ -326,6 +338,8 @@ def _ruleset(capacity: int, terms: Terms, *, labels: bool) -> str:
                     [f"{_OURS} accept", "ct status dnat ct state related accept"])
         forward.append("drop")
     beginning = [f"ct label set {LABEL}"] if labels else []
+    if terms.requests:
+        beginning.append('ct timeout set "beginning-flow"')
     flows = terms.all_flows
     if terms.flows_per_client:
         beginning.append(f"add @clients {{ ip saddr ct count over {terms.flows_per_client} }} "
@@ -339,9 +353,18 @@ def _ruleset(capacity: int, terms: Terms, *, labels: bool) -> str:
     return _RULESET.format(table=TABLE, size=capacity, most_shares=_MOST_SHARES, mapped=_MAPPED,
                            join=_JOIN, relayed=_RELAYED[terms.relay],
                            beginning="\n        ".join(beginning),
-                           asked=_ASKED if terms.requests else "",
+                           timeouts=f"{_ASKED}\n    {_beginning()}" if terms.requests else "",
                            asking=_ASKING.format(port=terms.requests) if terms.requests else "",
                            forward="\n        ".join(forward))
+
+
+def _beginning() -> str:
+    seconds = dict.fromkeys(("syn_sent", "syn_recv"), _BEGINNING_SECONDS)
+    for name, setting in _HOSTS_TIMEOUTS.items():
+        found = sysctl.read(f"net/netfilter/nf_conntrack_tcp_timeout_{setting}")
+        if found is not None:
+            seconds[name] = int(found)
+    return _BEGINNING % ", ".join(f"{name} : {each}" for name, each in seconds.items())
 
 
 def _elements(mappings: Collection[Mapping]) -> dict[str, Sequence[Element]]:
