@@ -14,7 +14,7 @@ from detour_tools.lab import namespaces
 from detour_tools.lab.daemons import wait_for
 from detour_tools.lab.network import Host, Lab
 from tests.netns import asking
-from tests.netns.asking import Asker, Flow, WhoAmI
+from tests.netns.asking import Asker, Flow, WhoAmI, mappings
 from tests.netns.conftest import PRIVATE, Start, StartClient, StartServer
 from tests.netns.test_client import hold, program, sink, subflows  # noqa: F401 - fixtures
 
@@ -115,6 +115,34 @@ def test_a_join_opens_no_way_for_other_syns(
     forger.syn(2000, 80, _MP_JOIN)
     forger.syn(2000, 80, options)
     assert forger.answer(2000, 1.0) == "nothing"
+
+
+def test_a_mapping_that_made_room_opens_no_way_for_plain_answers(
+        lab: Lab, detour: Host, start_server: StartServer, asker: Asker, forger: Forger,
+        backend: str):
+    """The server sends its SYN/ACK again and again, and the mapping is gone meanwhile."""
+    WhoAmI(lab.host("server"), 80)
+    start_server(detour, "--backend", backend, "--max-per-client", 1, *PRIVATE)
+    asker.ask("10.0.3.2:80", 80)
+    forger.syn(2000, 80, _MP_JOIN)
+    assert forger.answer(2000, 0.2) == "nothing"
+    assert asker.ask("10.0.3.2:81", 81) == 81
+    assert mappings(detour) == {("10.0.1.1", 81, "10.0.3.2:81")}
+    assert forger.answer(2000, 4.0) == "nothing"
+
+
+def test_a_forged_join_proves_no_mapping(lab: Lab, detour: Host, start_server: StartServer,
+                                         asker: Asker, forger: Forger, backend: str):
+    """Whoever forges requests can forge joins, too, and would keep what it got for ever."""
+    start_server(detour, "--backend", backend, "--max-per-client", 1, *PRIVATE)
+    WhoAmI(lab.host("server"), 80)
+    for remote in ("10.0.3.77:80", "10.0.3.2:80"):  # nobody answers there; or is not heard
+        asker.ask(remote, 80)
+        forger.syn(2000, 80, _MP_JOIN)
+        forger.answer(2000, 0.2)
+        assert len(mappings(detour)) == 1, "and to list is to look at the flows"
+    assert asker.ask("10.0.3.2:81", 80) == 80
+    assert asking.status(detour)["requests"]["evicted"] == 2
 
 
 def test_any_tcp_where_that_is_wanted(lab: Lab, detour: Host, start_server: StartServer,

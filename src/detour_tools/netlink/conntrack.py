@@ -34,7 +34,8 @@ _CTA_PROTO_NUM = 1
 _CTA_PROTO_SRC_PORT = 2
 _CTA_PROTO_DST_PORT = 3
 
-_IPS_DST_NAT = struct.pack("!I", 1 << 5)
+_IPS_ASSURED = 1 << 2
+_IPS_DST_NAT = 1 << 5
 _TCP = b"\x06"
 
 
@@ -80,9 +81,12 @@ class Conntrack(NetlinkSocket):
         super().__init__(NETLINK_NETFILTER)
 
     def live(self) -> set[bytes]:
-        """The keys (``mapping.flow_key``) of the mappings that have flows. Raises OSError."""
+        """The keys (``mapping.flow_key``) of the mappings that have flows. Raises OSError.
+
+        Of flows that both ends have opened: anybody can forge the first packet of one.
+        """
         found = set()
-        for buffer, start, end in self._translated():
+        for buffer, start, end in self._translated(_IPS_DST_NAT | _IPS_ASSURED):
             key = _key(buffer, start, end)
             if key is not None:
                 found.add(key)
@@ -106,11 +110,11 @@ class Conntrack(NetlinkSocket):
         with contextlib.suppress(OSError):  # it is gone already
             self.request(_DELETE, _NFGENMSG_IPV4 + flow.key)
 
-    def _translated(self) -> Iterator[tuple[memoryview, int, int]]:
+    def _translated(self, status: int = _IPS_DST_NAT) -> Iterator[tuple[memoryview, int, int]]:
         # Linux 5.15 and newer sort out the others themselves.
-        only_translated = (codec.attribute(_CTA_STATUS, _IPS_DST_NAT)
-                           + codec.attribute(_CTA_STATUS_MASK, _IPS_DST_NAT))
-        return self.dump(_GET, _NFGENMSG_IPV4 + only_translated)
+        bits = struct.pack("!I", status)
+        return self.dump(_GET, _NFGENMSG_IPV4 + codec.attribute(_CTA_STATUS, bits)
+                         + codec.attribute(_CTA_STATUS_MASK, bits))
 
 
 def _key(buffer: memoryview, start: int, end: int) -> bytes | None:
