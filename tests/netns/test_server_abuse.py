@@ -13,6 +13,7 @@ from detour_tools.endpoint import Endpoint, parse_endpoint
 from detour_tools.lab import namespaces
 from detour_tools.lab.network import Host
 from detour_tools.mproxy import PORT, v1
+from detour_tools.server.listening import ListeningPorts
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
 
@@ -169,6 +170,18 @@ def test_a_port_that_is_listened_on_later_is_the_hosts_again(lab, serve, asker, 
     left = {("10.0.1.1", 80, "10.0.3.2:80")}
     assert mappings(detour) == set(kernel_mappings(detour, backend)) == left
     assert Flow(client, detour.address, 22).seen_as == "10.0.1.1", "answered by the host itself"
+
+
+def test_what_was_seen_of_listeners_is_not_given_away_by_what_was_known_before(lab):
+    """A look that takes long is good for a while: a port of the two-second look stayed granted."""
+    with namespaces.inside(lab.host("detour").namespace):
+        listening = ListeningPorts()
+        listening.now()
+        listening._fresh_until = time.monotonic() + 60
+        with socket.create_server(("", 4242)):
+            assert 4242 in listening.look()
+            assert 4242 in listening.now()
+        listening.close()
 
 
 def test_a_port_that_is_listened_on_when_a_server_takes_over(lab, serve, asker):

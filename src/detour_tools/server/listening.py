@@ -27,19 +27,22 @@ class ListeningPorts:
         except OSError as error:
             raise UserError(f"this kernel does not list its sockets: {error.strerror}",
                             "CONFIG_INET_DIAG is needed") from None
-        self._ports = self.look()
+        self._ports: frozenset[int] = frozenset()
+        self.look()
         self._fresh_until = 0.0
 
     def look(self) -> frozenset[int]:
         """The ports, read afresh; the next request reads them again all the same."""
-        return frozenset(each.port for each in self._diag.listening()
-                         if not each.address.is_loopback)
+        # Also for now(): what was seen must not be given away by what was known before.
+        self._ports = frozenset(each.port for each in self._diag.listening()
+                                if not each.address.is_loopback)
+        return self._ports
 
     def now(self) -> frozenset[int]:
         """The ports, as of a moment ago at most."""
         now = time.monotonic()
         if now >= self._fresh_until:
-            self._ports = self.look()
+            self.look()
             done = time.monotonic()
             self._fresh_until = done + min(_OLDEST_SECONDS, _LOOKING_SHARE * (done - now))
         return self._ports
