@@ -13,7 +13,7 @@ PACKAGE = Path(detour_tools.__file__).parent
 PURE = ("mproxy/__init__.py", "mproxy/v1.py", "mproxy/errors.py", "server/table.py",
         "server/ports.py", "server/policy.py", "server/unproven.py", "server/waiting.py",
         "server/decide.py",
-        "server/status.py", "server/warnings.py", "route.py",
+        "server/status.py", "route.py", "warnings.py",
         "endpoint.py", "mapping.py", "nat/xtables.py", "firewall/packet.py", "firewall/judge.py",
         "firewall/nft.py", "firewall/legacy.py", "firewall/opening.py", "firewall/forwarders.py",
         "client/machine.py", "client/offers.py", "client/detours.py", "netlink/codec.py",
