@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from detour_tools.lab import namespaces
 from detour_tools.lab.captures import segments
 from detour_tools.lab.daemons import wait_for
 from detour_tools.lab.network import Lab, environment
@@ -470,8 +471,9 @@ def test_run_passes_the_exit_status_and_sets_go_up(lab):
 
 ONE_LINERS = [
     (["daemon"], 2, "no detour is given"),
-    (["daemon", "no.such.host.invalid"], 1, "no.such.host.invalid"),
     (["daemon", "10.0.6.2:99999"], 2, "is not a port"),
+    (["daemon", "10.0.6.2", "10.0.6.2:99999", "--check-config"], 2, "is not a port"),
+    (["daemon", "2001:db8::1", "127.0.0.1"], 2, "is an IPv6 address"),
     (["daemon", "10.0.6.2", "--max-subflows", "99"], 2, "not from 1 to 8"),
     (["daemon", "10.0.6.2", "--exclude", "nonsense"], 2, "is not a network"),
     (["daemon", "10.0.6.2", "--exclude", "203.0.113.7/2"], 2, "lies within 192.0.0.0/2"),
@@ -485,6 +487,8 @@ ONE_LINERS = [
     (["netlink", "list"], 1, "CONFIG_MPTCP_PM_DETOUR"),
     (["netlink", "add"], 2, "which entry?"),
     (["request", "10.0.6.2", "10.0.3.2"], 2, "has no port"),
+    (["request", "2001:db8::1", "10.0.3.2:80"], 2, "is an IPv6 address"),
+    (["request", "no.such.host.invalid", "10.0.3.2:80"], 1, "no.such.host.invalid"),
     (["request", "10.0.6.2", "10.0.3.2:80"], 1, "nothing listens"),
     (["status"], 1, "no detour-client runs"),
     (["run"], 2, "no program is given"),
@@ -581,7 +585,109 @@ def test_a_default_route_without_a_gateway_puts_nobody_on_link(ready_lab, hold):
     wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
 
 
-def test_a_detour_with_two_ports_is_a_mistake(client_host):
-    ended = client_host.run(["detour-client", "daemon", DETOUR, f"{DETOUR}:1000"], check=False)
-    assert ended.returncode == 2
-    assert "is given with two ports" in ended.stderr
+def know(host, names=""):
+    """Have a host know these names (lines of /etc/hosts), and no others."""
+    namespaces.write_etc(host.namespace, "nsswitch.conf", "hosts: files\n")
+    namespaces.write_etc(host.namespace, "hosts", names)
+
+
+BAD_DETOURS = [
+    ("2001:db8::1", "cannot be used: 2001:db8::1 is an IPv6 address"),
+    ("[2001:db8::1]:45672", "cannot be used: 2001:db8::1 is an IPv6 address"),
+    ("0.0.0.0", "cannot be used: 0.0.0.0 is not the address of a host"),
+    ("224.0.0.1", "cannot be used: 224.0.0.1 is not the address of a host"),
+    ("127.0.0.1", "cannot be used: 127.0.0.1 is an address of this host itself"),
+    ("10.0.6.3:99999", "cannot be used: '99999' in '10.0.6.3:99999' is not a port"),
+    ("10.0.6", "cannot be used: '10.0.6' is neither an IPv4 address nor a name"),
+    ("me@web1", "cannot be used: 'me@web1' is neither an IPv4 address nor a name"),
+    ("", "cannot be used: '' has no host"),
+    ("web1", "is not used yet: 'web1' is no name of an IPv4 address"),
+    ("six.example", "is not used yet: 'six.example' has IPv6 addresses only"),
+    ("me.example", "is not used yet: 127.0.1.1 is an address of this host itself"),
+    ("10.0.1.1", "is not used yet: 10.0.1.1 is an address of this host itself"),
+    ("10.0.1.255", "is not used yet: 10.0.1.255 is a network's broadcast address"),
+    (f"{DETOUR}:1000", f"is not used yet: {DETOUR}:45672 is used already, as detour '{DETOUR}'"),
+]
+
+
+@pytest.mark.parametrize(("bad", "words"), BAD_DETOURS)
+def test_a_bad_detour_is_named_and_the_others_are_used(client_host, start_client, bad, words):
+    know(client_host, "2001:db8::5 six.example\n127.0.1.1 me.example\n")
+    daemon = start_client(client_host, DETOUR, bad)
+    told = status(client_host)
+    assert [each["address"] for each in told["detours"]] == [DETOUR]
+    [warning] = told["warnings"]
+    assert warning.startswith(f"detour '{bad}' {words}")
+    assert len(daemon.matching("detour '")) == 1
+    assert warning in daemon.matching("detour '")[0]
+    assert f"warning: {warning}\n" in client_host.run(["detour-client", "status"]).stdout
+    checked = client_host.run(["detour-client", "check"], check=False)
+    assert f"FAIL  daemon: {warning}\n" in checked.stdout
+    if "used already" not in words:  # alone it would do
+        checked = client_host.run(["detour-client", "check", bad], check=False)
+        assert f"FAIL  detour {bad}: {words.partition(': ')[2]}" in checked.stdout
+
+
+def test_connections_get_the_good_detour_of_a_bad_list(lab, sink, start_server, start_client,
+                                                       hold):
+    client = lab.host("client")
+    sink(lab.host("server"))
+    start_server(lab.host("detour"))
+    start_client(client, "2001:db8::1", "web1", "127.0.0.1", "detour", "10.0.1.1")
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+
+
+def test_a_name_that_comes_to_be_known_is_used(lab, sink, start_server, start_client, hold):
+    client = lab.host("client")
+    sink(lab.host("server"))
+    start_server(lab.host("detour"))
+    know(client)
+    daemon = start_client(client, "late.example")
+    hold(client)
+    wait_for(lambda: subflows(client) == [["direct"]])
+    told = status(client)
+    assert told["detours"] == []
+    assert told["warnings"][0] == "no detour can be used yet, so connections get none"
+    assert "'late.example' is no name of an IPv4 address" in told["warnings"][1]
+    know(client, f"{DETOUR} late.example\n")
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    assert status(client)["warnings"] == []
+    assert daemon.matching("no longer so: detour 'late.example'")
+
+
+def test_name_servers_that_say_nothing_hold_nothing_up(lab, sink, start, start_server,
+                                                       start_client, hold):
+    client, server = lab.host("client"), lab.host("server")
+    sink(server)
+    start_server(lab.host("detour"))
+    mute = ("import socket, time; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM);"
+            f"s.bind(('{SERVER}', 53)); print('ready', flush=True); time.sleep(600)")
+    start(server, [sys.executable, "-c", mute]).wait_line("ready")
+    namespaces.write_etc(client.namespace, "nsswitch.conf", "hosts: dns\n")
+    namespaces.write_etc(client.namespace, "resolv.conf", f"nameserver {SERVER}\n")
+    started = time.monotonic()
+    daemon = start_client(client, "slow.example", DETOUR)
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    [warning] = status(client)["warnings"]
+    assert warning.startswith("detour 'slow.example' is not used yet: no name server has an answer")
+    assert daemon.stop() == 0
+    assert time.monotonic() - started < 8  # the resolver asks twice, for 5 s each
+
+
+def test_a_subflow_through_a_detour_whose_name_comes_late_is_its_own(ready_lab, start_client,
+                                                                     hold):
+    client = ready_lab.host("client")
+    hold(client)
+    wait_for(lambda: subflows(client) == [[DETOUR, "direct"]])
+    ready_lab.client.kill()
+    know(client)
+    daemon = start_client(client, "detour")
+    assert status(client)["detours"] == []
+    know(client, f"{DETOUR} detour\n")
+    daemon.wait_line(f"detour detour is {DETOUR}")
+    wait_for(lambda: status(client)["detours"])
+    time.sleep(1)  # for a second join, which should not come
+    assert subflows(client) == [[DETOUR, "direct"]]
+    assert counter(client, "MPJoinSynTx") == 1

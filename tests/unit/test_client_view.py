@@ -10,7 +10,7 @@ from rich.console import Console
 from detour_tools.client.view import render
 
 _STATUS: dict[str, Any] = {
-    "path_manager": "userspace", "counters": {"requests": 2, "joins": 0},
+    "path_manager": "userspace", "warnings": [], "counters": {"requests": 2, "joins": 0},
     "detours": [{"address": "198.51.100.10", "port": 45672, "state": "up", "rtt_ms": 37.3,
                  "mappings": 1, "joins": 1, "joins_established": 1, "joins_refused": 0}],
     "connections": [{
@@ -24,10 +24,10 @@ _STATUS: dict[str, Any] = {
              "bytes_received": 999_900_000, "rtt_ms": 130.8, "retransmissions": 12}]}]}
 
 
-def shown(width: int) -> str:
+def shown(width: int, **changes: Any) -> str:
     """The status in a terminal of that width, without styles."""
     console = Console(file=io.StringIO(), width=width)
-    console.print(render(_STATUS))
+    console.print(render(_STATUS | changes))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -47,3 +47,10 @@ def test_nothing_is_cut(width: int) -> None:
 
 def test_what_is_zero_is_not_counted() -> None:
     assert "since the start: requests 2\n" in shown(100)
+
+
+def test_warnings_come_first() -> None:
+    told = shown(100, warnings=["detour 'web1' is not used yet: [why]"], detours=[]).splitlines()
+    assert told[0] == "warning: detour 'web1' is not used yet: [why]"
+    assert [line.strip() for line in told[1:4]] == [
+        "Detours", "address  state  rtt  mappings  joins  made  refused", "none"]

@@ -477,6 +477,32 @@ def test_resynchronising_leaves_incoming_connections_alone():
     assert script.machine.resynchronise([snapshot(SERVER, passive=True)], script.now) == []
 
 
+def test_a_detour_that_comes_late_serves_the_connections_that_are_there():
+    script = Script(())
+    assert script.created() == []
+    assert script.established() == []
+    script.machine.add(NEAR, 0)
+    assert script.machine.resynchronise([snapshot(SERVER)], script.now) == [asks()]
+    assert script.answer() == [joins()]
+
+
+def test_a_detour_that_comes_late_has_its_place_in_the_order():
+    script = Script((), prefer="order", max_subflows=1)
+    script.machine.add(FAR, 1)
+    script.machine.add(NEAR, 0)
+    assert [detour.endpoint for detour in script.machine.detours] == [NEAR, FAR]
+    assert script.created() == [asks(NEAR)]
+
+
+def test_a_detour_that_comes_late_is_not_asked_about_itself():
+    script = Script((FAR,))
+    script.created(remote=Endpoint(NEAR.address, 22))
+    script.machine.add(NEAR, 1)
+    connection = script.machine.connections[1]
+    assert connection.reason_for_none == "it goes to a detour itself"
+    assert NEAR not in [command.detour for command in script.wait(60)]
+
+
 def test_a_subflow_that_somebody_else_made_counts():
     script = Script((NEAR, FAR), prefer="order", max_subflows=1)
     script.created()

@@ -423,6 +423,16 @@ def test_after_a_restart_what_moved_is_replaced():
     assert script.answer(port=50001) == [withdraws(), offers(port=50001)]
 
 
+def test_after_a_restart_what_stands_for_a_detour_that_comes_late_is_left_until_then():
+    script = Script(())
+    found, offered = snapshot(SERVER, Endpoint(NEAR.address, 80)), [stands()]
+    assert script.resynchronise(found, offered=offered) == []
+    script.machine.add(NEAR, 0)
+    assert script.resynchronise(found, offered=offered) == []
+    assert script.wait(0) == [asks()]
+    assert script.answer() == [offers()]
+
+
 def test_after_a_restart_a_silent_detour_is_withdrawn():
     script = Script()
     script.resynchronise(snapshot(SERVER, Endpoint(NEAR.address, 80)), offered=[stands()])

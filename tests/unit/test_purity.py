@@ -13,11 +13,12 @@ PACKAGE = Path(detour_tools.__file__).parent
 PURE = ("mproxy/__init__.py", "mproxy/v1.py", "mproxy/errors.py", "server/table.py",
         "server/ports.py", "server/policy.py", "server/unproven.py", "server/waiting.py",
         "server/decide.py",
-        "server/status.py", "server/warnings.py", "route.py",
+        "server/status.py", "route.py", "warnings.py",
         "endpoint.py", "mapping.py", "nat/xtables.py", "firewall/packet.py", "firewall/judge.py",
         "firewall/nft.py", "firewall/legacy.py", "firewall/opening.py", "firewall/forwarders.py",
-        "client/machine.py", "client/offers.py", "client/detours.py", "netlink/codec.py",
-        "pathmanager/codec.py", "pathmanager/detour_codec.py", "lab/topology.py", "lab/graph.py")
+        "client/given.py", "client/machine.py", "client/offers.py", "client/detours.py",
+        "netlink/codec.py", "pathmanager/codec.py", "pathmanager/detour_codec.py",
+        "lab/topology.py", "lab/graph.py")
 IMPURE = {"socket", "asyncio", "time", "subprocess", "threading", "select", "pyroute2", "signal"}
 # What makes a module impure for others to import; its own import of these is checked above.
 _ROOT = "detour_tools"

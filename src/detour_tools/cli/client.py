@@ -16,7 +16,9 @@ try:
     from detour_tools import config, control, log, mproxy
     from detour_tools.cli import common, netlink
     from detour_tools.client.check import check_host
-    from detour_tools.client.request import request_mapping, resolve, resolve_detours
+    from detour_tools.client.given import GivenDetours
+    from detour_tools.client.lookup import resolve
+    from detour_tools.client.request import request_mapping
     from detour_tools.client.service import PROGRAM, ClientService
     from detour_tools.client.settings import ClientSettings
     from detour_tools.client.view import render
@@ -38,7 +40,9 @@ examples:
 
 _DAEMON_EPILOG = """\
 A DETOUR is a name or an IPv4 address of a host that runs detour-server, :PORT if that is not
-45672. Settings may stand in a TOML file (--config), under the options' long names, such as
+45672. One that cannot be used is named in the log and in "detour-client status", and the others
+are used; names are looked up until they are known. Settings may stand in a TOML file (--config),
+under the options' long names, such as
   detours = ["detour.example.net"]
   max-subflows = 2
 and the command line overrides them. On the project's own kernel the kernel joins by itself, and
@@ -150,11 +154,14 @@ def _daemon(arguments: argparse.Namespace) -> None:
     })
     if not settings.detours:
         raise UserError("no detour is given", "detour-client daemon DETOUR", status=2)
+    detours = GivenDetours(settings.detours)
+    # Who has just written a wrong one is told; who starts with it has the others used.
+    if detours.wrong and (arguments.check_config or not detours.hopeful):
+        raise UserError("; ".join(detours.wrong), status=2)
     if arguments.check_config:
         print("the settings are good")
         return
     log.configure(arguments.verbosity)
-    detours = resolve_detours(settings.detours)
     path_manager = choose(settings.path_manager, settings.max_subflows,
                           upgrade_tcp=settings.upgrade_tcp)
     asyncio.run(ClientService(detours, settings, path_manager).run())

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 from detour_tools import control, mproxy, runtime, sysctl
 from detour_tools.client import probe
-from detour_tools.client.request import request_mapping, resolve
+from detour_tools.client.given import unfit
+from detour_tools.client.lookup import resolve
+from detour_tools.client.request import request_mapping
 from detour_tools.client.service import PROGRAM
 from detour_tools.endpoint import Endpoint, parse_endpoint
 from detour_tools.errors import UserError
 from detour_tools.netlink.inet_diag import InetDiag
+from detour_tools.netlink.route import Routes
 from detour_tools.netlink.socket import GenericNetlink
 from detour_tools.pathmanager import codec
 from detour_tools.pathmanager.choose import kernel_obstacle
@@ -56,15 +59,19 @@ def check_host(detours: tuple[str, ...], remote: Endpoint | None) -> Iterator[Fi
                   "run it as root, or with sudo")
     yield _tool("mptcpize", "runs unmodified programs over MPTCP", "apt install mptcpize")
     yield _tool("ss", "shows connections", "apt install iproute2")
+    unused: tuple[str, ...] = ()
     try:
         status = control.call(PROGRAM, "status")
         with control.understood(PROGRAM):
             used = tuple(f"{each['address']}:{each['port']}" for each in status["detours"])
+            unused = tuple(map(str, status["warnings"]))
         yield Finding("daemon", True, "runs in this network namespace")
         detours = detours or used
     except UserError as error:
         yield Finding("daemon", False, error.message, error.hint, needed=False)
-    if not detours:
+    for text in unused:
+        yield Finding("daemon", False, text)
+    if not detours and not unused:
         yield Finding("detour", False, "none given, so none asked",
                       "detour-client check DETOUR", needed=False)
     if remote:
@@ -154,6 +161,9 @@ def _detour(text: str, remote: Endpoint | None) -> Finding:
     what, wanted = f"detour {text}", remote or _SOME_REMOTE
     try:
         detour = resolve(text, mproxy.PORT)
+        problem = unfit(detour.address, Routes().look_up(detour.address))
+        if problem is not None:
+            raise problem
         port, seconds = request_mapping(detour, wanted, wanted.port)
     except UserError as error:
         return Finding(what, False, error.message, error.hint)

@@ -8,6 +8,7 @@ A path manager that joins by itself is told which detour ports lead where instea
 what the machine would join, it offers. The rest is the same for both kinds.
 """
 
+import bisect
 import errno
 import heapq
 import itertools
@@ -20,7 +21,7 @@ from detour_tools import mproxy
 from detour_tools.client.detours import Detour, DetourState, Exchange
 from detour_tools.client.offers import Offering, Offers
 from detour_tools.client.settings import ClientSettings
-from detour_tools.endpoint import Endpoint
+from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.pathmanager.base import (
     ConnectionCreated,
     ConnectionEstablished,
@@ -56,6 +57,8 @@ LONGEST_DELAY = 3600.0
 
 # RFC 8684, section 3.6: the peer has no resources, or forbids it.
 _SERVER_REFUSALS = (2, 3)
+
+_TO_A_DETOUR = "it goes to a detour itself"
 
 Direct = None
 """The key of the path without a detour."""
@@ -146,17 +149,32 @@ class Machine:
         """``joins_by_itself``: the path manager does, and wants offers."""
         self.settings = settings
         self.counters = Counters()
-        self.detours = [Detour(endpoint, order) for order, endpoint in enumerate(detours)]
+        self.detours: list[Detour] = []
         self.connections: dict[int, Connection] = {}
         self._random = random
-        self._by_endpoint = {detour.endpoint: detour for detour in self.detours}
-        self._by_address = {detour.endpoint.address: detour for detour in self.detours}
+        self._by_endpoint: dict[Endpoint, Detour] = {}
+        self._by_address: dict[IPAddress, Detour] = {}
         self._by_remote: dict[Endpoint, set[int]] = {}
         self._joins_by_itself = joins_by_itself
         self._offers = Offers()
         # (when, tie-break, what); what no longer holds is noticed when its time comes.
         self._timers: list[tuple[float, int, Exchange | Detour | Offering | int]] = []
         self._tie_break = itertools.count()
+        for order, endpoint in enumerate(detours):
+            self.add(endpoint, order)
+
+    def add(self, endpoint: Endpoint, order: int) -> None:
+        """Have a further detour, whose address no other has; resynchronise() makes use of it.
+
+        That also finds what an earlier daemon did with it.
+        """
+        detour = Detour(endpoint, order)
+        bisect.insort(self.detours, detour, key=lambda each: each.order)
+        self._by_endpoint[endpoint] = detour
+        self._by_address[endpoint.address] = detour
+        for connection in self.connections.values():
+            if connection.remote.address == endpoint.address:
+                connection.reason_for_none = connection.reason_for_none or _TO_A_DETOUR
 
     # -- events of the path manager ------------------------------------------------------------
 
@@ -649,7 +667,7 @@ class Machine:
         if address.is_loopback:
             return "it stays on this host"
         if address in self._by_address:
-            return "it goes to a detour itself"
+            return _TO_A_DETOUR
         if within:
             return f"{within[0]} is excluded"
         if on_link and not any(address in network for network in self.settings.include):

@@ -1,42 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Names to addresses, and one exchange with a detour by hand."""
+"""One exchange with a detour by hand."""
 
 import socket
 import time
-from ipaddress import IPv4Address, ip_address
 
 from detour_tools import mproxy
 from detour_tools.client.detours import Detour, Exchange
-from detour_tools.endpoint import Endpoint, split_host_port
+from detour_tools.endpoint import Endpoint
 from detour_tools.errors import UserError
-
-
-def resolve(text: str, default_port: int | None = None) -> Endpoint:
-    """The IPv4 endpoint that ``HOST[:PORT]`` means; raises UserError.
-
-    Version 1 of the protocol knows no IPv6, neither for detours nor for remotes.
-    """
-    host, port = split_host_port(text, default_port)
-    try:
-        found = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, socket.gaierror) else "not a name"
-        raise UserError(f"'{host}' is no IPv4 address and no name of one: {reason}",
-                        "check the spelling, or /etc/resolv.conf") from None
-    address = ip_address(found[0][4][0])
-    if address.is_unspecified or address.is_multicast or address == IPv4Address("255.255.255.255"):
-        raise UserError(f"{address} is not the address of a host")
-    return Endpoint(address, port)
-
-
-def resolve_detours(texts: tuple[str, ...]) -> list[Endpoint]:
-    """The detours, each once, in the given order; raises UserError."""
-    detours = list(dict.fromkeys(resolve(text, mproxy.PORT) for text in texts))
-    for detour in detours:
-        if sum(other.address == detour.address for other in detours) > 1:
-            raise UserError(f"detour {detour.address} is given with two ports", "choose one",
-                            status=2)
-    return detours
 
 
 def request_mapping(detour: Endpoint, remote: Endpoint, port: int) -> tuple[int, float]:

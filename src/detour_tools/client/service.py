@@ -10,11 +10,13 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterable
-from ipaddress import ip_address
+from ipaddress import IPv4Address, ip_address
 from random import Random
 from typing import Any
 
 from detour_tools import control, mproxy, runtime, sdnotify
+from detour_tools.client.given import Given, GivenDetours
+from detour_tools.client.lookup import look_up
 from detour_tools.client.machine import (
     Command,
     Machine,
@@ -42,6 +44,7 @@ from detour_tools.pathmanager.base import (
     SubflowClosed,
     SubflowEstablished,
 )
+from detour_tools.warnings import Warnings
 
 PROGRAM = "detour-client"
 
@@ -50,17 +53,29 @@ _PER_TURN = 256
 
 _DRAIN_AT_MOST = 65536
 
+# What name servers that are there need. A connection's subflows are taken for whose they are from
+# the beginning, then; but those that are not there hold nothing up.
+_FIRST_LOOK_SECONDS = 2.0
+
+_LOOK_UPS = 8
+
 log = logging.getLogger(__name__)
 
 
 class ClientService:
     """Runs a machine on a path manager until told to stop."""
 
-    def __init__(self, detours: Iterable[Endpoint], settings: ClientSettings,
+    def __init__(self, detours: GivenDetours, settings: ClientSettings,
                  path_manager: PathManager) -> None:
         self._settings = settings
-        self._machine = Machine(detours, settings, Random(),
+        self._random = Random()
+        self._machine = Machine((), settings, self._random,
                                 joins_by_itself=path_manager.joins_by_itself)
+        self._detours = detours
+        self._untried = set(detours.hopeful)
+        self._all_tried = asyncio.Event()
+        self._looking_up = asyncio.Semaphore(_LOOK_UPS)
+        self._warnings = Warnings()
         self._path_manager = path_manager
         self._routes = Routes()
         self._diag = InetDiag()
@@ -70,6 +85,7 @@ class ClientService:
         self._socket.bind(("0.0.0.0", 0))  # noqa: S104 - answers come to any of our addresses
         self._overruns = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._serving = False
         self._stopping = asyncio.Event()
         self._failed = False
 
@@ -81,16 +97,23 @@ class ClientService:
                                        self._settings.control_group)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._stopping.set)
+        pursuits: list[asyncio.Task[None]] = []
         try:
             control.check_group(self._settings.control_group)
             self._path_manager.start()
+            pursuits = [loop.create_task(self._pursue(given)) for given in self._detours.hopeful]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_tried.wait(), _FIRST_LOOK_SECONDS)
             loop.add_reader(self._path_manager.fileno(), self._guarded(self._on_events))
             loop.add_reader(self._socket.fileno(), self._guarded(self._on_datagrams))
             self._resynchronise()
+            self._serving = True
+            self._warnings.put("detours", self._detours.warnings())
             await server.start()  # who may ask for the status finds all in place
             log.info("ready with the %s path manager; connections will ask %s",
                      self._path_manager.name, ", ".join(
-                         str(detour.endpoint) for detour in self._machine.detours))
+                         str(detour.endpoint) for detour in self._machine.detours)
+                     or "no detour yet")
             sdnotify.ready()
             async with sdnotify.watchdog():
                 await self._stopping.wait()
@@ -98,6 +121,8 @@ class ClientService:
             self._perform(self._machine.stop())
         finally:
             sdnotify.stopping()
+            for pursuit in pursuits:
+                pursuit.cancel()
             with contextlib.suppress(ValueError, OSError):
                 loop.remove_reader(self._path_manager.fileno())
                 loop.remove_reader(self._socket.fileno())
@@ -107,6 +132,46 @@ class ClientService:
             lock.release()
         if self._failed:
             raise UserError("stopped by an error of its own, logged above", "please report it")
+
+    # -- detours that are not used yet ---------------------------------------------------------
+
+    async def _pursue(self, given: Given) -> None:
+        """Have a detour used as soon as it can be."""
+        try:
+            while not await self._try(given):
+                await asyncio.sleep(given.pause(self._random))
+        except Exception:
+            self._fail()
+
+    async def _try(self, given: Given) -> bool:
+        try:
+            addresses = await self._addresses(given)
+        except UserError as problem:
+            self._detours.not_found(given, problem)
+            endpoint = None
+        else:
+            endpoint = self._detours.found(given, [
+                (address, self._routes.look_up(address)) for address in addresses])
+        if endpoint is not None:
+            self._machine.add(endpoint, given.order)
+            if isinstance(given.host, str):
+                log.info("detour %s is %s", given.host, endpoint)
+        if self._serving:
+            if endpoint is not None:
+                self._drain_events()
+                self._resynchronise()
+            self._warnings.put("detours", self._detours.warnings())
+        else:
+            self._untried.discard(given)
+            if not self._untried:
+                self._all_tried.set()
+        return endpoint is not None
+
+    async def _addresses(self, given: Given) -> list[IPv4Address]:
+        if isinstance(given.host, IPv4Address):
+            return [given.host]
+        async with self._looking_up:
+            return await look_up(given.host)
 
     # -- from the kernel and the network -------------------------------------------------------
 
@@ -255,10 +320,14 @@ class ClientService:
             try:
                 callback()
             except Exception:
-                log.exception("internal error")
-                self._failed = True
-                self._stopping.set()
+                self._fail()
         return call
+
+    def _fail(self) -> None:
+        """Within an exception's handler: end in order, for systemd to start us anew."""
+        log.exception("internal error")
+        self._failed = True
+        self._stopping.set()
 
     # -- status --------------------------------------------------------------------------------
 
@@ -296,6 +365,7 @@ class ClientService:
                 "joins_established": detour.joins_established,
                 "joins_refused": detour.joins_refused,
             } for detour in machine.detours],
+            "warnings": self._warnings.all(),
             "connections": connections,
             "counters": dataclasses.asdict(machine.counters) | {"overruns": self._overruns},
         }

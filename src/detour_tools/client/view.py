@@ -11,10 +11,11 @@ _STATE_STYLE = {"up": "green", "estab": "green", "down": "red"}
 
 
 def render(status: dict[str, Any]) -> RenderableType:
-    """Detours, connections with their subflows, and counters."""
+    """Warnings, detours, connections with their subflows, and counters."""
     counters = ", ".join(f"{name.replace('_', ' ')} {value}"
                          for name, value in status["counters"].items() if value)
-    return Group(_detours(status["detours"]), _connections(status["connections"]),
+    return Group(*(Text(f"warning: {text}", style="yellow") for text in status["warnings"]),
+                 _detours(status["detours"]), _connections(status["connections"]),
                  Text(f"path manager: {status['path_manager']}; since the start: "
                       f"{counters or 'nothing yet'}", style="dim"))
 
@@ -28,6 +29,8 @@ def _detours(detours: list[dict[str, Any]]) -> Table:
                       _milliseconds(detour["rtt_ms"]), str(detour["mappings"]),
                       str(detour["joins"]), str(detour["joins_established"]),
                       str(detour["joins_refused"]))
+    if not detours:
+        table.add_row("none")
     return table
 
 

@@ -29,8 +29,8 @@ from detour_tools.server.requests import Requests
 from detour_tools.server.settings import RELOADABLE, Settings
 from detour_tools.server.status import Counters, PolicyStatus, Status
 from detour_tools.server.upkeep import Upkeep
-from detour_tools.server.warnings import Warnings
 from detour_tools.server.watch import FirewallWatch
+from detour_tools.warnings import Warnings
 
 PROGRAM = "detour-server"
 

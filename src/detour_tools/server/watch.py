@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from detour_tools.endpoint import Network
 from detour_tools.firewall import look
 from detour_tools.netlink.nf_tables import NfTables
-from detour_tools.server.warnings import Warnings
+from detour_tools.warnings import Warnings
 
 # Our own commits change the generation as well, so that under load there is a look every so often.
 _AT_MOST_EVERY = 5.0
