@@ -46,7 +46,35 @@ def program() -> ModuleType:
     ("mptcp_kernel_reboot_required", []), ("detour_server_port", []),
 ])
 def test_names(program: ModuleType, name: str, said: list[str]) -> None:
-    assert program.misspelt([name]) == said
+    assert program.misspelt([name]) == [f"no role knows {each}" for each in said]
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    ("8443", "detour_server_forbid_port is '8443', and is to be a list: [8443]"),
+    (8443, "detour_server_forbid_port is 8443, and is to be a list: [8443]"),
+    ({"a": 1}, "detour_server_forbid_port is {'a': 1}, and is to be a list: [{'a': 1}]"),
+    ([8443], None), ((8443,), None), ([], None),
+])
+def test_what_is_no_list(program: ModuleType, value: object, said: str | None) -> None:
+    assert program.unlisted({"detour_server_forbid_port": value}) == ([said] if said else [])
+
+
+def test_what_is_no_dictionary(program: ModuleType) -> None:
+    assert program.unlisted({"mptcp_sysctls": "a=1"}) == [
+        "mptcp_sysctls is 'a=1', and is to be a dictionary: {key: value}"]
+    assert program.unlisted({"mptcp_sysctls": {}}) == []
+
+
+def test_a_value_that_is_not_known_yet_is_left_to_the_role(program: ModuleType) -> None:
+    class Untold(dict[str, object]):
+        def __missing__(self, key: str) -> object:
+            raise RuntimeError("made of facts that nobody has gathered")
+    assert program.unlisted(Untold()) == []
+
+
+def test_groups_that_are_nearly_ours(program: ModuleType) -> None:
+    assert program.near(["all", "ungrouped", "clinets", "site_berlin", "detours"],
+                        ["clients", "detours"]) == ["Is 'clients' meant by group 'clinets'?"]
 
 
 def test_all_that_the_project_sets_itself_is_known(program: ModuleType) -> None:
@@ -85,11 +113,14 @@ def test_what_no_reload_changes_restarts_the_server() -> None:
         field.name for field in fields(Settings)} - set(RELOADABLE)
 
 
-def _play(folder: Path, *arguments: object, **variables: object) -> str:
-    """What ansible-playbook says of the inventory's one client and detour, this host."""
+def _play(folder: Path, *arguments: object, groups: dict[str, list[str]] | None = None,
+          **variables: object) -> str:
+    """What ansible-playbook says of an inventory with one detour, this host, and ``groups``."""
     host = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
-    groups: dict[str, Any] = {"detours": {"hosts": {"one": host | variables}}}
-    (folder / "hosts.yml").write_text(json.dumps({"all": {"children": groups}}))
+    children: dict[str, Any] = {"detours": {"hosts": {"one": host | variables}}}
+    for name, hosts in (groups or {}).items():
+        children[name] = {"hosts": dict.fromkeys(hosts)}
+    (folder / "hosts.yml").write_text(json.dumps({"all": {"children": children}}))
     done = subprocess.run(
         [_PLAYBOOK, "-i", folder / "hosts.yml", "--check", *map(str, arguments)],
         capture_output=True, text=True, check=False, cwd=ROOT,
@@ -99,9 +130,35 @@ def _play(folder: Path, *arguments: object, **variables: object) -> str:
 
 def test_a_misspelt_variable_is_found_before_anything_changes(tmp_path: Path) -> None:
     said = _play(tmp_path, "site.yml", detour_server_allow_clinet=["192.0.2.1"])
-    assert ("The variables of one have names that no role of detour-tools knows: "
+    assert ("Variables of one are wrong: no role knows "
             "detour_server_allow_clinet (is detour_server_allow_client meant?)") in said
     assert "Detours translate" not in said
+
+
+def test_a_text_for_a_list_is_found_before_anything_changes(tmp_path: Path) -> None:
+    said = _play(tmp_path, "site.yml", detour_server_forbid_port="8443")
+    assert ("Variables of one are wrong: detour_server_forbid_port is '8443', and is to be a list: "
+            "[8443].") in said
+    assert "Detours translate" not in said
+
+
+@pytest.mark.parametrize("variables", [
+    {"detour_server_forbid_port": "8443"}, {"detour_server_deny_port": 25},
+    {"detour_server_allow_client": "{{ ['192.0.2.1'] | first }}"}])
+def test_so_it_is_for_a_role_in_a_playbook_of_ones_own(
+        tmp_path: Path, variables: dict[str, object]) -> None:
+    (tmp_path / "own.yml").write_text(json.dumps(
+        [{"hosts": "one", "gather_facts": False, "vars": variables, "roles": ["ip_forward"]}]))
+    said = _play(tmp_path, tmp_path / "own.yml", "--tags=none")
+    assert f"Variables of one are wrong: {next(iter(variables))} is " in said
+
+
+def test_hosts_in_groups_of_other_names_are_told(tmp_path: Path) -> None:
+    said = _play(tmp_path, "site.yml", "--tags=none", groups={"clinets": ["two"]})
+    said = said.replace("''", "'")  # as YAML has it
+    assert ("two: nothing is done there, as none of these is in any of the groups detours, "
+            "clients, vm_hosts, kernel_builders. Is 'clients' meant by group 'clinets'?") in said
+    assert said.count("nothing is done there") == 1
 
 
 def test_so_it_is_in_a_playbook_of_ones_own(tmp_path: Path) -> None:
