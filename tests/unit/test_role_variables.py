@@ -77,6 +77,22 @@ def test_groups_that_are_nearly_ours(program: ModuleType) -> None:
                         ["clients", "detours"]) == ["Is 'clients' meant by group 'clinets'?"]
 
 
+@pytest.mark.parametrize(("variables", "address", "endpoint"), [
+    ({}, "one", "one"),
+    ({"ansible_host": "192.0.2.1"}, "192.0.2.1", "192.0.2.1"),
+    ({"ansible_host": "10.0.0.1", "detour_address": "192.0.2.1"}, "192.0.2.1", "192.0.2.1"),
+    ({"detour_address": "", "ansible_host": "192.0.2.1"}, "192.0.2.1", "192.0.2.1"),
+    ({"detour_address": "192.0.2.1", "detour_server_listen": "0.0.0.0:4000"},
+     "192.0.2.1", "192.0.2.1:4000"),
+    ({"detour_address": "192.0.2.1", "detour_server_listen": "10.0.0.1"}, "192.0.2.1", "192.0.2.1"),
+])
+def test_where_a_host_is_reached(program: ModuleType, variables: dict[str, str], address: str,
+                                 endpoint: str) -> None:
+    host = {"inventory_hostname": "one"} | variables
+    assert program.addresses([host]) == [address]
+    assert program.endpoints([host]) == [endpoint]
+
+
 def test_all_that_the_project_sets_itself_is_known(program: ModuleType) -> None:
     for path in [*ROOT.glob("inventories/**/*.yml"), *ROOT.glob("molecule/**/*_vars/*.yml")]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -121,6 +137,11 @@ def _play(folder: Path, *arguments: object, groups: dict[str, list[str]] | None 
     for name, hosts in (groups or {}).items():
         children[name] = {"hosts": dict.fromkeys(hosts)}
     (folder / "hosts.yml").write_text(json.dumps({"all": {"children": children}}))
+    return _run(folder, *arguments)
+
+
+def _run(folder: Path, *arguments: object) -> str:
+    """What ansible-playbook says, in check mode, of the inventory in the folder."""
     done = subprocess.run(
         [_PLAYBOOK, "-i", folder / "hosts.yml", "--check", *map(str, arguments)],
         capture_output=True, text=True, check=False, cwd=ROOT,
@@ -185,3 +206,28 @@ def test_an_empty_group_of_clients_lets_nobody_in(
     assert ("one lets nobody in: detour_server_allow_client is empty. Put hosts" in said) == told
     # Nor is the firewall opened for anybody else.
     assert "10.0.0.0/8" not in (ROOT / "roles/detour_server/tasks/configure.yml").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("host", "missing"), [
+    ({"ansible_host": "2001:db8::7"}, "2001:db8::7"),
+    ({"ansible_host": "nobody-knows.invalid"}, "nobody-knows.invalid"),
+    ({"ansible_host": "nobody-knows.invalid", "detour_server_listen": "0.0.0.0:4000"},
+     "nobody-knows.invalid"),
+    ({"ansible_host": "2001:db8::7", "detour_address": "192.0.2.7"}, None),
+    ({"detour_address": "localhost"}, None),
+])
+def test_a_detour_that_clients_cannot_ask_is_told_before_anything_changes(
+        tmp_path: Path, host: dict[str, str], missing: str | None) -> None:
+    variables = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
+    (tmp_path / "hosts.yml").write_text(json.dumps({"all": {"children": {
+        "detours": {"hosts": {"good": {"detour_address": "192.0.2.1"}, "bad": host}},
+        "clients": {"hosts": {"one": variables}}}}}))
+    (tmp_path / "own.yml").write_text(json.dumps([{
+        "hosts": "one", "gather_facts": False, "vars": {"detour_common_release": "r1"}, "tasks": [
+            {"import_role": {"name": "detour_client", "tasks_from": "preflight.yml"}}]}]))
+    (tmp_path / "roles").symlink_to(ROOT / "roles")
+    said = _run(tmp_path, tmp_path / "own.yml")
+    assert ("failed=0" in said) == (missing is None), said
+    if missing is not None:
+        assert f"one finds no IPv4 address of {missing}, and would ask no detour there; set " \
+               "detour_address of the host" in said

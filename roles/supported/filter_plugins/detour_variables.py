@@ -34,7 +34,8 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
         return {"detour_misspelt": misspelt, "detour_collections": collections,
-                "detour_unlisted": unlisted, "detour_near": near}
+                "detour_unlisted": unlisted, "detour_near": near,
+                "detour_addresses": addresses, "detour_endpoints": endpoints}
 
 
 def misspelt(names: Iterable[str]) -> list[str]:
@@ -83,6 +84,20 @@ def unlisted(variables: Mapping[str, Any]) -> list[str]:
         elif kind == "dict" and not isinstance(value, Mapping):
             found.append(f"{name} is {value!r}, and is to be a dictionary: {{key: value}}")
     return found
+
+
+def addresses(hosts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The name or address by which others reach each host, of which these are the variables."""
+    return [str(host.get("detour_address") or host.get("ansible_host")
+                or host["inventory_hostname"]) for host in hosts]
+
+
+def endpoints(detours: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The same of detours, with the port if their server listens on another than usual."""
+    listed = list(detours)
+    listen = [str(detour.get("detour_server_listen") or "") for detour in listed]
+    return [address + each[each.rfind(":"):] if ":" in each else address
+            for address, each in zip(addresses(listed), listen, strict=True)]
 
 
 @functools.lru_cache(1)
