@@ -77,6 +77,35 @@ def test_groups_that_are_nearly_ours(program: ModuleType) -> None:
                         ["clients", "detours"]) == ["Is 'clients' meant by group 'clinets'?"]
 
 
+_EXAMPLE = ROOT / "inventories/example"
+
+
+def test_what_stands_behind_a_number_sign_in_the_example_is_the_default() -> None:
+    options: dict[str, Any] = {}
+    for path in ROOT.glob("roles/*/meta/argument_specs.yml"):
+        specs = yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"]
+        options |= specs["main"].get("options", {})
+    told = {}
+    for path in _EXAMPLE.glob("**/*.yml"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found = re.fullmatch(r"# *(\w+: .*|\w+:)", line)
+            if found and (setting := yaml.safe_load(found[1])).keys() <= options.keys():
+                told |= setting
+    assert len(told) > 20
+    assert told == {name: options[name]["default"] for name in told}
+
+
+def test_nothing_of_the_example_is_set_that_is_easily_overlooked(program: ModuleType) -> None:
+    # A copy keeps what holds for all hosts of our groups; those of a site or a host bear its name.
+    for path in [*_EXAMPLE.glob("group_vars/all/*.yml"), *(
+            _EXAMPLE / f"group_vars/{group}.yml" for group in ("detours", "clients"))]:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        assert not content.keys() - {"ansible_user"}, path
+    hosts = yaml.safe_load((_EXAMPLE / "hosts.yml").read_text(encoding="utf-8"))
+    assert not [name for name in re.findall(r"\w+", json.dumps(hosts))
+                if name in program.known()[0] and name != "detour_address"]
+
+
 @pytest.mark.parametrize(("variables", "address", "endpoint"), [
     ({}, "one", "one"),
     ({"ansible_host": "192.0.2.1"}, "192.0.2.1", "192.0.2.1"),
