@@ -56,20 +56,25 @@ def test_names(program: ModuleType, name: str, said: list[str]) -> None:
     ([8443], None), ((8443,), None), ([], None),
 ])
 def test_what_is_no_list(program: ModuleType, value: object, said: str | None) -> None:
-    assert program.unlisted({"detour_server_forbid_port": value}) == ([said] if said else [])
+    variables = {"detour_server_forbid_port": value}
+    assert program.unlisted(variables, variables) == ([said] if said else [])
 
 
 def test_what_is_no_dictionary(program: ModuleType) -> None:
-    assert program.unlisted({"mptcp_sysctls": "a=1"}) == [
-        "mptcp_sysctls is 'a=1', and is to be a dictionary: {key: value}"]
-    assert program.unlisted({"mptcp_sysctls": {}}) == []
+    wrong = "mptcp_sysctls is 'a=1', and is to be a dictionary: {key: value}"
+    for value, said in (("a=1", [wrong]), ({}, [])):
+        variables = {"mptcp_sysctls": value}
+        assert program.unlisted(variables, variables) == said
 
 
-def test_a_value_that_is_not_known_yet_is_left_to_the_role(program: ModuleType) -> None:
-    class Untold(dict[str, object]):
-        def __missing__(self, key: str) -> object:
-            raise RuntimeError("made of facts that nobody has gathered")
-    assert program.unlisted(Untold()) == []
+def test_what_a_variable_is_made_of_is_looked_at_unless_that_is_a_look_up(
+        program: ModuleType) -> None:
+    values = {"detour_client_include": "10.0.0.0/8"}
+    made = {"detour_client_include": "{{ mine }}"}
+    assert program.unlisted(made, values) == [
+        "detour_client_include is '10.0.0.0/8', and is to be a list: [10.0.0.0/8]"]
+    assert program.unlisted({"detour_client_include": "{{ lookup('pipe', 'slow') }}"}, values) == []
+    assert program.unlisted(made, {}) == [], "not known yet"
 
 
 def test_groups_that_are_nearly_ours(program: ModuleType) -> None:
@@ -198,8 +203,8 @@ def test_a_text_for_a_list_is_found_before_anything_changes(tmp_path: Path) -> N
 def test_so_it_is_for_a_role_in_a_playbook_of_ones_own(
         tmp_path: Path, variables: dict[str, object]) -> None:
     (tmp_path / "own.yml").write_text(json.dumps(
-        [{"hosts": "one", "gather_facts": False, "vars": variables, "roles": ["ip_forward"]}]))
-    said = _play(tmp_path, tmp_path / "own.yml", "--tags=none")
+        [{"hosts": "one", "gather_facts": False, "roles": ["ip_forward"]}]))
+    said = _play(tmp_path, tmp_path / "own.yml", "--tags=none", **variables)
     assert f"Variables of one are wrong: {next(iter(variables))} is " in said
 
 

@@ -25,6 +25,7 @@ _SHARED = ("bridge_", "monitoring_", "supported_")
 # Of no role: how others reach a host (see inventories/example).
 _OF_NO_ROLE = ("detour_address",)
 
+_LOOKUP = re.compile(r"\b(lookup|query|q)\s*\(")
 _NAME = re.compile(r"\b(?:" + "|".join(_OURS + _SHARED) + r")\w+")
 
 
@@ -33,8 +34,7 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
-        return {"detour_misspelt": misspelt, "detour_collections": collections,
-                "detour_unlisted": unlisted, "detour_near": near,
+        return {"detour_misspelt": misspelt, "detour_unlisted": unlisted, "detour_near": near,
                 "detour_addresses": addresses, "detour_endpoints": endpoints}
 
 
@@ -62,28 +62,32 @@ def near(groups: Iterable[str], ours: Iterable[str]) -> list[str]:
             and (found := difflib.get_close_matches(group, known_groups, 1, 0.75))]
 
 
-def collections(names: Iterable[str]) -> list[str]:
-    """Those that are to be lists or dictionaries."""
-    return sorted(_kinds().keys() & set(map(str, names)))
-
-
-def unlisted(variables: Mapping[str, Any]) -> list[str]:
+def unlisted(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
     """What is wrong with each variable that is a text or a number where a list is wanted.
 
     Ansible takes these for lists where it looks at a role's arguments, and leaves them as they are:
     of a text a role then takes one character after the other. Dictionaries likewise.
+
+    ``raw`` are a host's variables as they are written, ``values`` what they come to. A variable
+    that is made by a look-up is left out: that may be dear, or fail where no role needs it.
     """
     found = []
-    for name, kind in sorted(_kinds().items()):
-        value: object = {"list": [], "dict": {}}[kind]
-        # Not set; or made of what is not known yet, and then the role looks.
-        with contextlib.suppress(Exception):
-            value = variables[name]
-        if kind == "list" and (isinstance(value, str) or not isinstance(value, Sequence)):
-            found.append(f"{name} is {value!r}, and is to be a list: [{value}]")
-        elif kind == "dict" and not isinstance(value, Mapping):
-            found.append(f"{name} is {value!r}, and is to be a dictionary: {{key: value}}")
+    for name in sorted(_kinds().keys() & raw.keys()):
+        written = raw[name]
+        if isinstance(written, str) and _LOOKUP.search(written):
+            continue
+        with contextlib.suppress(Exception):  # made of what is not known yet
+            found += _unlisted(name, values[name])
     return found
+
+
+def _unlisted(name: str, value: object) -> list[str]:
+    if _kinds()[name] == "dict":
+        return [] if isinstance(value, Mapping) else [
+            f"{name} is {value!r}, and is to be a dictionary: {{key: value}}"]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return []
+    return [f"{name} is {value!r}, and is to be a list: [{value}]"]
 
 
 def addresses(hosts: Iterable[Mapping[str, Any]]) -> list[str]:
