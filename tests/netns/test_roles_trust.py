@@ -182,3 +182,57 @@ def test_a_wheel_that_the_requirements_do_not_name_is_not_installed(
     said = sandbox(_INSTALL, mixed, hashlib.sha256(mixed.read_bytes()).hexdigest()).stdout
     assert said.splitlines()[-1] == "nothing", said
     assert len(said.splitlines()) == 2
+
+
+_FULL = """
+mount -t tmpfs -o {options} none /opt
+mkdir -p /opt/detour-tools/wheels && cp "$1" /opt/detour-tools/wheels/it.zip
+/usr/bin/python3 roles/detour_common/files/install.py /opt/detour-tools/wheels/it.zip r1 "$2" 2>&1
+ls -A /opt/detour-tools
+"""
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ("noexec", "/opt/detour-tools must not be on a file system that is mounted noexec"),
+    ("size=3m", "No space left on device"),
+])
+def test_where_a_release_has_no_place_nothing_of_it_is_left(
+        sandbox: Sandbox, tmp_path: Path, options: str, said: str) -> None:
+    made = _archive(tmp_path, "good")
+    lines = sandbox(_FULL.format(options=options), made["archive"], made["sha256"]
+                    ).stdout.splitlines()
+    assert len(lines) == 2, lines
+    assert said in lines[0]
+    assert lines[1] == "wheels"
+
+
+# The archive is below /tmp itself.
+_NO_TMP = """
+exec 3<"$1"
+mount -t tmpfs -o size=4k,mode=1777 none /tmp
+mkdir -p /opt/detour-tools/wheels && cat <&3 >/opt/detour-tools/wheels/it.zip
+/usr/bin/python3 roles/detour_common/files/install.py /opt/detour-tools/wheels/it.zip r1 "$2" 2>&1
+cat /var/ran
+"""
+
+
+def test_a_full_tmp_is_no_hindrance(sandbox: Sandbox, tmp_path: Path) -> None:
+    made = _archive(tmp_path, "good")
+    assert sandbox(_NO_TMP, made["archive"], made["sha256"]).stdout == "good good "
+
+
+_TWICE = """
+mkdir -p /opt/detour-tools/wheels && cp "$1" /opt/detour-tools/wheels/it.zip
+for each in 1 2 3; do
+    /usr/bin/python3 roles/detour_common/files/install.py \\
+        /opt/detour-tools/wheels/it.zip r1 "$2" 2>&1 && echo done &
+done
+wait
+cat /var/ran
+"""
+
+
+def test_runs_at_once_install_once(sandbox: Sandbox, tmp_path: Path) -> None:
+    made = _archive(tmp_path, "good")
+    assert sandbox(_TWICE, made["archive"], made["sha256"]).stdout.split() == [
+        "done", "done", "done", "good", "good"]

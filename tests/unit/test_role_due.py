@@ -55,3 +55,10 @@ def due(folder: Path, properties: dict[str, str], unit_age: int = 200,
 def test_due(tmp_path: Path, properties: dict[str, str], unit_age: int, settings_age: int | None,
              wanted: str) -> None:
     assert due(tmp_path, _STARTED | properties, unit_age, settings_age) == wanted
+
+
+def test_a_file_of_the_future_is_due_once(tmp_path: Path) -> None:
+    assert due(tmp_path, _STARTED, unit_age=-7200) == "restart"
+    assert (tmp_path / "unit").stat().st_mtime <= time.time()
+    assert due(tmp_path, _STARTED, settings_age=-7200) == "reload"
+    assert (tmp_path / "settings").stat().st_mtime <= time.time()

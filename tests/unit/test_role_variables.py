@@ -46,7 +46,85 @@ def program() -> ModuleType:
     ("mptcp_kernel_reboot_required", []), ("detour_server_port", []),
 ])
 def test_names(program: ModuleType, name: str, said: list[str]) -> None:
-    assert program.misspelt([name]) == said
+    assert program.misspelt([name]) == [f"no role knows {each}" for each in said]
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    ("8443", "detour_server_forbid_port is '8443', and is to be a list: [8443]"),
+    (8443, "detour_server_forbid_port is 8443, and is to be a list: [8443]"),
+    ({"a": 1}, "detour_server_forbid_port is {'a': 1}, and is to be a list: [{'a': 1}]"),
+    ([8443], None), ((8443,), None), ([], None),
+])
+def test_what_is_no_list(program: ModuleType, value: object, said: str | None) -> None:
+    variables = {"detour_server_forbid_port": value}
+    assert program.unlisted(variables, variables) == ([said] if said else [])
+
+
+def test_what_is_no_dictionary(program: ModuleType) -> None:
+    wrong = "mptcp_sysctls is 'a=1', and is to be a dictionary: {key: value}"
+    for value, said in (("a=1", [wrong]), ({}, [])):
+        variables = {"mptcp_sysctls": value}
+        assert program.unlisted(variables, variables) == said
+
+
+def test_what_a_variable_is_made_of_is_looked_at_unless_that_is_a_look_up(
+        program: ModuleType) -> None:
+    values = {"detour_client_include": "10.0.0.0/8"}
+    made = {"detour_client_include": "{{ mine }}"}
+    assert program.unlisted(made, values) == [
+        "detour_client_include is '10.0.0.0/8', and is to be a list: [10.0.0.0/8]"]
+    assert program.unlisted({"detour_client_include": "{{ lookup('pipe', 'slow') }}"}, values) == []
+    assert program.unlisted(made, {}) == [], "not known yet"
+
+
+def test_groups_that_are_nearly_ours(program: ModuleType) -> None:
+    assert program.near(["all", "ungrouped", "clinets", "site_berlin", "detours"],
+                        ["clients", "detours"]) == ["Is 'clients' meant by group 'clinets'?"]
+
+
+_EXAMPLE = ROOT / "inventories/example"
+
+
+def test_what_stands_behind_a_number_sign_in_the_example_is_the_default() -> None:
+    options: dict[str, Any] = {}
+    for path in ROOT.glob("roles/*/meta/argument_specs.yml"):
+        specs = yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"]
+        options |= specs["main"].get("options", {})
+    told = {}
+    for path in _EXAMPLE.glob("**/*.yml"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found = re.fullmatch(r"# *(\w+: .*|\w+:)", line)
+            if found and (setting := yaml.safe_load(found[1])).keys() <= options.keys():
+                told |= setting
+    assert len(told) > 20
+    assert told == {name: options[name]["default"] for name in told}
+
+
+def test_nothing_of_the_example_is_set_that_is_easily_overlooked(program: ModuleType) -> None:
+    # A copy keeps what holds for all hosts of our groups; those of a site or a host bear its name.
+    for path in [*_EXAMPLE.glob("group_vars/all/*.yml"), *(
+            _EXAMPLE / f"group_vars/{group}.yml" for group in ("detours", "clients"))]:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        assert not content.keys() - {"ansible_user"}, path
+    hosts = yaml.safe_load((_EXAMPLE / "hosts.yml").read_text(encoding="utf-8"))
+    assert not [name for name in re.findall(r"\w+", json.dumps(hosts))
+                if name in program.known()[0] and name != "detour_address"]
+
+
+@pytest.mark.parametrize(("variables", "address", "endpoint"), [
+    ({}, "one", "one"),
+    ({"ansible_host": "192.0.2.1"}, "192.0.2.1", "192.0.2.1"),
+    ({"ansible_host": "10.0.0.1", "detour_address": "192.0.2.1"}, "192.0.2.1", "192.0.2.1"),
+    ({"detour_address": "", "ansible_host": "192.0.2.1"}, "192.0.2.1", "192.0.2.1"),
+    ({"detour_address": "192.0.2.1", "detour_server_listen": "0.0.0.0:4000"},
+     "192.0.2.1", "192.0.2.1:4000"),
+    ({"detour_address": "192.0.2.1", "detour_server_listen": "10.0.0.1"}, "192.0.2.1", "192.0.2.1"),
+])
+def test_where_a_host_is_reached(program: ModuleType, variables: dict[str, str], address: str,
+                                 endpoint: str) -> None:
+    host = {"inventory_hostname": "one"} | variables
+    assert program.addresses([host]) == [address]
+    assert program.endpoints([host]) == [endpoint]
 
 
 def test_all_that_the_project_sets_itself_is_known(program: ModuleType) -> None:
@@ -85,11 +163,19 @@ def test_what_no_reload_changes_restarts_the_server() -> None:
         field.name for field in fields(Settings)} - set(RELOADABLE)
 
 
-def _play(folder: Path, *arguments: object, **variables: object) -> str:
-    """What ansible-playbook says of the inventory's one client and detour, this host."""
+def _play(folder: Path, *arguments: object, groups: dict[str, list[str]] | None = None,
+          **variables: object) -> str:
+    """What ansible-playbook says of an inventory with one detour, this host, and ``groups``."""
     host = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
-    groups: dict[str, Any] = {"detours": {"hosts": {"one": host | variables}}}
-    (folder / "hosts.yml").write_text(json.dumps({"all": {"children": groups}}))
+    children: dict[str, Any] = {"detours": {"hosts": {"one": host | variables}}}
+    for name, hosts in (groups or {}).items():
+        children[name] = {"hosts": dict.fromkeys(hosts)}
+    (folder / "hosts.yml").write_text(json.dumps({"all": {"children": children}}))
+    return _run(folder, *arguments)
+
+
+def _run(folder: Path, *arguments: object) -> str:
+    """What ansible-playbook says, in check mode, of the inventory in the folder."""
     done = subprocess.run(
         [_PLAYBOOK, "-i", folder / "hosts.yml", "--check", *map(str, arguments)],
         capture_output=True, text=True, check=False, cwd=ROOT,
@@ -99,9 +185,35 @@ def _play(folder: Path, *arguments: object, **variables: object) -> str:
 
 def test_a_misspelt_variable_is_found_before_anything_changes(tmp_path: Path) -> None:
     said = _play(tmp_path, "site.yml", detour_server_allow_clinet=["192.0.2.1"])
-    assert ("The variables of one have names that no role of detour-tools knows: "
+    assert ("Variables of one are wrong: no role knows "
             "detour_server_allow_clinet (is detour_server_allow_client meant?)") in said
     assert "Detours translate" not in said
+
+
+def test_a_text_for_a_list_is_found_before_anything_changes(tmp_path: Path) -> None:
+    said = _play(tmp_path, "site.yml", detour_server_forbid_port="8443")
+    assert ("Variables of one are wrong: detour_server_forbid_port is '8443', and is to be a list: "
+            "[8443].") in said
+    assert "Detours translate" not in said
+
+
+@pytest.mark.parametrize("variables", [
+    {"detour_server_forbid_port": "8443"}, {"detour_server_deny_port": 25},
+    {"detour_server_allow_client": "{{ ['192.0.2.1'] | first }}"}])
+def test_so_it_is_for_a_role_in_a_playbook_of_ones_own(
+        tmp_path: Path, variables: dict[str, object]) -> None:
+    (tmp_path / "own.yml").write_text(json.dumps(
+        [{"hosts": "one", "gather_facts": False, "roles": ["ip_forward"]}]))
+    said = _play(tmp_path, tmp_path / "own.yml", "--tags=none", **variables)
+    assert f"Variables of one are wrong: {next(iter(variables))} is " in said
+
+
+def test_hosts_in_groups_of_other_names_are_told(tmp_path: Path) -> None:
+    said = _play(tmp_path, "site.yml", "--tags=none", groups={"clinets": ["two"]})
+    said = said.replace("''", "'")  # as YAML has it
+    assert ("two: nothing is done there, as none of these is in any of the groups detours, "
+            "clients, vm_hosts, kernel_builders. Is 'clients' meant by group 'clinets'?") in said
+    assert said.count("nothing is done there") == 1
 
 
 def test_so_it_is_in_a_playbook_of_ones_own(tmp_path: Path) -> None:
@@ -128,3 +240,28 @@ def test_an_empty_group_of_clients_lets_nobody_in(
     assert ("one lets nobody in: detour_server_allow_client is empty. Put hosts" in said) == told
     # Nor is the firewall opened for anybody else.
     assert "10.0.0.0/8" not in (ROOT / "roles/detour_server/tasks/configure.yml").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("host", "missing"), [
+    ({"ansible_host": "2001:db8::7"}, "2001:db8::7"),
+    ({"ansible_host": "nobody-knows.invalid"}, "nobody-knows.invalid"),
+    ({"ansible_host": "nobody-knows.invalid", "detour_server_listen": "0.0.0.0:4000"},
+     "nobody-knows.invalid"),
+    ({"ansible_host": "2001:db8::7", "detour_address": "192.0.2.7"}, None),
+    ({"detour_address": "localhost"}, None),
+])
+def test_a_detour_that_clients_cannot_ask_is_told_before_anything_changes(
+        tmp_path: Path, host: dict[str, str], missing: str | None) -> None:
+    variables = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
+    (tmp_path / "hosts.yml").write_text(json.dumps({"all": {"children": {
+        "detours": {"hosts": {"good": {"detour_address": "192.0.2.1"}, "bad": host}},
+        "clients": {"hosts": {"one": variables}}}}}))
+    (tmp_path / "own.yml").write_text(json.dumps([{
+        "hosts": "one", "gather_facts": False, "vars": {"detour_common_release": "r1"}, "tasks": [
+            {"import_role": {"name": "detour_client", "tasks_from": "preflight.yml"}}]}]))
+    (tmp_path / "roles").symlink_to(ROOT / "roles")
+    said = _run(tmp_path, tmp_path / "own.yml")
+    assert ("failed=0" in said) == (missing is None), said
+    if missing is not None:
+        assert f"one finds no IPv4 address of {missing}, and would ask no detour there; set " \
+               "detour_address of the host" in said

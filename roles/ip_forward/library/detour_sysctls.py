@@ -67,6 +67,11 @@ borrowed:
 
 ROOT = Path("/proc/sys")
 FOLDERS = ("/etc/sysctl.d", "/run/sysctl.d", "/usr/local/lib/sysctl.d", "/usr/lib/sysctl.d")
+# 'sysctl --system' reads it after all others. Debian 12 has a link to it, 99-sysctl.conf, which
+# systemd reads at boot; Debian 13 has none.
+LAST = "/etc/sysctl.conf"
+# Two names of one switch (net/ipv4/devinet.c).
+_SAME = {"net.ipv4.conf.all.forwarding": "net.ipv4.ip_forward"}
 _LINE = re.compile(r"(?P<was>#was )?-?(?P<name>[\w./*-]+?)\s*=\s*(?P<value>.*)")
 _SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
 
@@ -95,25 +100,32 @@ def parse(text: str) -> tuple[dict[str, str], dict[str, str]]:
     return sets, was
 
 
-def later(path: Path, values: dict[str, str], folders: tuple[str, ...] = FOLDERS) -> str:
-    """A file that comes after ours at boot and sets one of them otherwise, said in one line."""
+def later(path: Path, values: dict[str, str], folders: tuple[str, ...] = FOLDERS,
+          last: str = LAST) -> str:
+    """A file that comes after ours and sets one of them otherwise, said in one line."""
     files: dict[str, Path] = {}
     for folder in reversed(folders):
         files |= {found.name: found for found in Path(folder).glob("*.conf")}
-    for name in sorted(files):
-        if name <= path.name or files[name] == path:
-            continue
+    after = [files[name] for name in sorted(files)
+             if name > path.name and files[name] != path]
+    for file, when in [*((each, "at boot") for each in after),
+                       (Path(last), "whenever somebody runs 'sysctl --system' or 'sysctl -p'")]:
         try:
-            sets, _ = parse(files[name].read_text(encoding="utf-8", errors="replace"))
+            sets, _ = parse(file.read_text(encoding="utf-8", errors="replace"))
         except OSError:
             continue
-        # With slashes is as good as with dots.
-        plain = {key.replace("/", "."): value for key, value in sets.items()}
-        for key, value in values.items():
-            if plain.get(key.replace("/", "."), value) != value:
-                return (f"{files[name].resolve()} sets {key} to {plain[key.replace('/', '.')]} at "
-                        f"boot, after {path}: take that line away")
+        theirs = {_plain(name): value for name, value in sets.items()}
+        for name, value in values.items():
+            if theirs.get(_plain(name), value) != value:
+                return (f"{file.resolve()} sets {name} to {theirs[_plain(name)]} {when}, "
+                        f"after {path}: take that line away")
     return ""
+
+
+def _plain(name: str) -> str:
+    """With slashes is as good as with dots."""
+    dotted = name.replace("/", ".")
+    return _SAME.get(dotted, dotted)
 
 
 def borrowed() -> dict[str, tuple[str, str]]:

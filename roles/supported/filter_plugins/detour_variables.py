@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Filter detour_misspelt: which variables are meant for our roles, and are none that they know."""
+"""Filters that look at what an inventory means for our roles.
 
+detour_misspelt: which of the names none of our roles knows. detour_collections: which of them are
+to be lists or dictionaries. detour_unlisted: which values are neither, and are to be.
+"""
+
+import contextlib
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ _SHARED = ("bridge_", "monitoring_", "supported_")
 # Of no role: how others reach a host (see inventories/example).
 _OF_NO_ROLE = ("detour_address",)
 
+_LOOKUP = re.compile(r"\b(lookup|query|q)\s*\(")
 _NAME = re.compile(r"\b(?:" + "|".join(_OURS + _SHARED) + r")\w+")
 
 
@@ -28,7 +34,8 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
-        return {"detour_misspelt": misspelt}
+        return {"detour_misspelt": misspelt, "detour_unlisted": unlisted, "detour_near": near,
+                "detour_addresses": addresses, "detour_endpoints": endpoints}
 
 
 def misspelt(names: Iterable[str]) -> list[str]:
@@ -38,26 +45,89 @@ def misspelt(names: Iterable[str]) -> list[str]:
     for name in sorted(set(map(str, names))):
         if not name.startswith(_OURS + _SHARED) or name in options or name in internal:
             continue
-        near = difflib.get_close_matches(name, options, 1, 0.6 if name.startswith(_OURS) else 0.85)
-        if near:
-            found.append(f"{name} (is {near[0]} meant?)")
+        nearest = difflib.get_close_matches(
+            name, options, 1, 0.6 if name.startswith(_OURS) else 0.85)
+        if nearest:
+            found.append(f"no role knows {name} (is {nearest[0]} meant?)")
         elif name.startswith(_OURS):
-            found.append(name)
+            found.append(f"no role knows {name}")
     return found
+
+
+def near(groups: Iterable[str], ours: Iterable[str]) -> list[str]:
+    """A question for each group that is none of ours, and nearly bears the name of one."""
+    known_groups = list(ours)
+    return [f"Is '{found[0]}' meant by group '{group}'?" for group in map(str, groups)
+            if group not in known_groups
+            and (found := difflib.get_close_matches(group, known_groups, 1, 0.75))]
+
+
+def unlisted(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with each variable that is a text or a number where a list is wanted.
+
+    Ansible takes these for lists where it looks at a role's arguments, and leaves them as they are:
+    of a text a role then takes one character after the other. Dictionaries likewise.
+
+    ``raw`` are a host's variables as they are written, ``values`` what they come to. A variable
+    that is made by a look-up is left out: that may be dear, or fail where no role needs it.
+    """
+    found = []
+    for name in sorted(_kinds().keys() & raw.keys()):
+        written = raw[name]
+        if isinstance(written, str) and _LOOKUP.search(written):
+            continue
+        with contextlib.suppress(Exception):  # made of what is not known yet
+            found += _unlisted(name, values[name])
+    return found
+
+
+def _unlisted(name: str, value: object) -> list[str]:
+    if _kinds()[name] == "dict":
+        return [] if isinstance(value, Mapping) else [
+            f"{name} is {value!r}, and is to be a dictionary: {{key: value}}"]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return []
+    return [f"{name} is {value!r}, and is to be a list: [{value}]"]
+
+
+def addresses(hosts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The name or address by which others reach each host, of which these are the variables."""
+    return [str(host.get("detour_address") or host.get("ansible_host")
+                or host["inventory_hostname"]) for host in hosts]
+
+
+def endpoints(detours: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The same of detours, with the port if their server listens on another than usual."""
+    listed = list(detours)
+    listen = [str(detour.get("detour_server_listen") or "") for detour in listed]
+    return [address + each[each.rfind(":"):] if ":" in each else address
+            for address, each in zip(addresses(listed), listen, strict=True)]
+
+
+@functools.lru_cache(1)
+def _options() -> dict[str, dict[str, Any]]:
+    """What users may set, by name, as the roles' argument specs tell."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(ROLES.glob("*/meta/argument_specs.yml")):
+        specs = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for entry in specs["argument_specs"].values():
+            found |= entry.get("options", {})
+    return found
+
+
+def _kinds() -> dict[str, str]:
+    return {name: option["type"] for name, option in _options().items()
+            if option.get("type") in ("list", "dict")}
 
 
 @functools.lru_cache(1)
 def known() -> tuple[list[str], frozenset[str]]:
     """Names that a user may set, and what roles call things themselves (results, facts)."""
-    options: list[str] = list(_OF_NO_ROLE)
     internal: set[str] = set()
     for role in sorted(path for path in ROLES.iterdir() if path.is_dir()):
-        specs = yaml.safe_load((role / "meta/argument_specs.yml").read_text(encoding="utf-8"))
-        for entry in specs["argument_specs"].values():
-            options += entry.get("options", {})
         # Modules, too, which are called as variables are.
         internal |= {path.stem for path in role.glob("library/*.py")}
         for folder in ("defaults", "handlers", "tasks", "vars"):
             for path in role.glob(f"{folder}/*.yml"):
                 internal |= set(_NAME.findall(path.read_text(encoding="utf-8")))
-    return options, frozenset(internal)
+    return [*_OF_NO_ROLE, *_options()], frozenset(internal)
