@@ -206,7 +206,7 @@ def test_where_a_release_has_no_place_nothing_of_it_is_left(
     assert lines[1] == "wheels"
 
 
-# The archive is below /tmp itself.
+# The archive is in what that hides.
 _NO_TMP = """
 exec 3<"$1"
 mount -t tmpfs -o size=4k,mode=1777 none /tmp

@@ -78,8 +78,8 @@ def test_what_a_variable_is_made_of_is_looked_at_unless_that_is_a_look_up(
 
 
 def test_groups_that_are_nearly_ours(program: ModuleType) -> None:
-    assert program.near(["all", "ungrouped", "clinets", "site_berlin", "detours"],
-                        ["clients", "detours"]) == ["Is 'clients' meant by group 'clinets'?"]
+    assert program.near(("all", "ungrouped", "clinets", "site_berlin", "detours"),
+                        ("clients", "detours")) == ["Is 'clients' meant by group 'clinets'?"]
 
 
 _EXAMPLE = ROOT / "inventories/example"

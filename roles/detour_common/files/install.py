@@ -68,7 +68,7 @@ def unpack(archive: Path, target: Path) -> None:
     """Make the release's folder, and see that its programs run."""
     run("/usr/bin/python3", "-m", "venv", "--system-site-packages", "--without-pip", target)
     python = target / "bin/python"
-    # Not in /tmp, which may be small, or full.
+    # Beside it: where temporary files usually go may be small, or full.
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".new-") as folder:
         with zipfile.ZipFile(archive) as wheels:
             wheels.extractall(folder)
