@@ -64,7 +64,7 @@ def judge(chain: Chain, packet: Packet) -> Iterator[Finding]:
 
     In a prerouting chain: for each rule that keeps connection tracking off it.
     """
-    end = yield from _walk(chain, chain, packet, True, None)
+    end = yield from _walk(chain, chain, packet, True, None, ())
     if not end and chain.policy == "drop" and chain.hook != "prerouting":
         yield Finding(f"chain {chain.name} has policy drop: {packet.what} will be dropped; "
                       f"allow them with: {_cure(chain, packet)}", True, chain)
@@ -98,14 +98,16 @@ def are_tracked(chains: list[Chain], port: int) -> bool:
 
 
 def _walk(chain: Chain, base: Chain, packet: Packet, certain: bool, via: Rule | None,
-          depth: int = 0) -> Generator[Finding, None, bool]:
+          given: tuple[Condition, ...], depth: int = 0) -> Generator[Finding, None, bool]:
     """Yield findings; return whether the walk through the base chain ends here.
 
-    ``via`` is the base chain's rule by which the walk came to another chain.
+    ``via`` is the base chain's rule by which the walk came to another chain, ``given`` what the
+    rules on that way asked for.
     """
     bad = "notrack" if base.hook == "prerouting" else "drop"
     for rule in chain.rules if depth <= _DEPTH else ():
-        met = _all(packet.meets(condition) for condition in rule.conditions)
+        met = _all(False if any(condition.excludes(other) for other in given)
+                   else packet.meets(condition) for condition in rule.conditions)
         if met is False:
             continue
         sure = certain and bool(met)
@@ -116,7 +118,7 @@ def _walk(chain: Chain, base: Chain, packet: Packet, certain: bool, via: Rule | 
             return True
         elif target and target in base.siblings:
             if (yield from _walk(base.siblings[target], base, packet, sure, via or rule,
-                                 depth + 1)):
+                                 (*given, *rule.conditions), depth + 1)):
                 return True
             if sure and how == "goto":
                 return False  # to where this chain was called from

@@ -14,6 +14,7 @@ from detour_tools.nat.base import LABEL
 _PROTOCOLS = frozenset({"tcp", "udp", "udplite", "icmp", "icmpv6", "ip6", "sctp", "dccp", "esp",
                         "ah", "comp", "arp", "igmp"})
 _PORTS = ("udp dport", "th dport")
+_INTERFACES = frozenset({"meta iif", "meta iifname", "meta oif", "meta oifname"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,20 @@ class Condition:
     values: tuple[Any, ...] = ()
     negated: bool = False
     mask: frozenset[Any] | None = None
+
+    def excludes(self, other: "Condition") -> bool:
+        """Whether no packet meets both, as each has one interface that it came or leaves by."""
+        if self.key != other.key or self.key not in _INTERFACES:
+            return False
+        if self.negated != other.negated:
+            return self.values == other.values
+        return not self.negated and all(map(_is_one, (*self.values, *other.values))) and not any(
+            value in other.values for value in self.values)
+
+
+def _is_one(name: Any) -> bool:
+    """Whether it is an interface's name: no pattern, and no set's."""
+    return isinstance(name, str) and not name.endswith(("*", "+")) and not name.startswith("@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +83,7 @@ class Packet:
     def _is(self, key: str, value: Any) -> bool | None:
         if key == "ip saddr":
             return self._comes_from(networks(value))
-        if key in ("meta iif", "meta iifname", "meta oif", "meta oifname"):
+        if key in _INTERFACES:
             return False if value == "lo" else None
         known = self.known.get(key)
         if known is None or str(value).startswith("@"):  # @: a named set
