@@ -50,22 +50,24 @@ class Finding:
     """What stands in a packet's way: ``text`` says it in a line; ``certain`` or only maybe.
 
     ``rule`` is the one of the base ``chain`` that drops the packet, or leads to where it is
-    dropped; None: the chain's policy does.
+    dropped; None: the chain's policy does. ``untracked``: it only keeps connection tracking off.
     """
 
     text: str
     certain: bool
     chain: Chain
     rule: Rule | None = None
+    untracked: bool = False
 
 
 def judge(chain: Chain, packet: Packet) -> Iterator[Finding]:
     """One for each rule, or the policy, that drops the packet in this base chain.
 
-    In a prerouting chain: for each rule that keeps connection tracking off it.
+    In a prerouting chain: also for each rule that keeps connection tracking off it; of what only
+    may drop it none, as there every filter of forged sources may.
     """
     end = yield from _walk(chain, chain, packet, True, None, ())
-    if not end and chain.policy == "drop" and chain.hook != "prerouting":
+    if not end and chain.policy == "drop":
         yield Finding(f"chain {chain.name} has policy drop: {packet.what} will be dropped; "
                       f"allow them with: {_cure(chain, packet)}", True, chain)
 
@@ -84,9 +86,11 @@ def findings(chains: list[Chain], port: int, sources: Iterable[IPv4Network]) -> 
     tracked = are_tracked(chains, port)
     requests = [request(port, source, tracked=tracked) for source in sources] or [
         request(port, tracked=tracked)]
-    by_hook = {"prerouting": [arriving()], "forward": [mapped()], "input": requests}
+    by_hook = {"prerouting": [arriving(), *requests], "forward": [mapped()], "input": requests}
+    # Requests are not translated.
     found = {each.text: each for chain in chains for packet in by_hook.get(chain.hook, ())
-             for each in judge(chain, packet)}.values()
+             for each in judge(chain, packet)
+             if not (each.untracked and packet in requests)}.values()
     possible = [each for each in found if not each.certain]
     return [each for each in found if each.certain] + possible[:_MAY_AT_MOST]
 
@@ -94,7 +98,7 @@ def findings(chains: list[Chain], port: int, sources: Iterable[IPv4Network]) -> 
 def are_tracked(chains: list[Chain], port: int) -> bool:
     """Whether connection tracking sees requests to the UDP ``port``."""
     before = [chain for chain in chains if chain.hook == "prerouting"]
-    return not any(True for chain in before for _ in judge(chain, request(port)))
+    return not any(found.untracked for chain in before for found in judge(chain, request(port)))
 
 
 def _walk(chain: Chain, base: Chain, packet: Packet, certain: bool, via: Rule | None,
@@ -104,7 +108,7 @@ def _walk(chain: Chain, base: Chain, packet: Packet, certain: bool, via: Rule | 
     ``via`` is the base chain's rule by which the walk came to another chain, ``given`` what the
     rules on that way asked for.
     """
-    bad = "notrack" if base.hook == "prerouting" else "drop"
+    before = base.hook == "prerouting"
     for rule in chain.rules if depth <= _DEPTH else ():
         met = _all(False if any(condition.excludes(other) for other in given)
                    else packet.meets(condition) for condition in rule.conditions)
@@ -112,8 +116,10 @@ def _walk(chain: Chain, base: Chain, packet: Packet, certain: bool, via: Rule | 
             continue
         sure = certain and bool(met)
         how, _, target = rule.verdict.partition(" ")
-        if how == bad and (sure or packet.say_may):
-            yield Finding(_said(rule, chain, base, packet, sure), sure, base, via or rule)
+        untracked = how == "notrack" and before
+        if (how == "drop" or untracked) and (sure or (packet.say_may and untracked == before)):
+            yield Finding(_said(rule, chain, base, packet, sure), sure, base, via or rule,
+                          untracked)
         elif how == "accept" and packet.is_meant(rule.conditions):
             return True
         elif target and target in base.siblings:
