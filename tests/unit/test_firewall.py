@@ -296,6 +296,10 @@ def firewalld(where, text="reject with icmpx admin-prohibited"):
     return rule(text, f"inet firewalld {where}", f"drops {REQUESTS}", FIREWALLD)
 
 
+OWNED_TABLE = "rule 'reject with icmpx admin-prohibited' of chain inet firewalld {} drops"
+OWNED = (f"{OWNED_TABLE.format('filter_INPUT_POLICIES')} {REQUESTS}; only the program that owns "
+         "the table can let them through (detour-server firewall open requests --client CIDR)")
+
 # Rule sets by name: whether requests came in and mapped flows passed where they were loaded (see
 # rulesets/README.md), and what is said.
 CAPTURED = {
@@ -322,11 +326,10 @@ CAPTURED = {
     "firewalld-1.3.3-masquerade": ("stopped", "passed", [firewalld("filter_IN_public")]),
     "firewalld-1.3.3-iptables": ("stopped", "passed", [
         rule(REJECT, "ip filter IN_public", f"drops {REQUESTS}", "iptables " + IPTABLES_LET_IN)]),
-    "firewalld-2.3.1": ("stopped", "passed", [firewalld("filter_INPUT_POLICIES")]),
+    "firewalld-2.3.1": ("stopped", "passed", [OWNED]),
     "firewalld-2.3.1-strict": ("stopped", "stopped", [
-        firewalld("filter_INPUT_POLICIES"),
-        rule("reject with icmpx admin-prohibited", "inet firewalld filter_FORWARD_dnat",
-             f"drops {FLOWS}", f"nft insert rule inet firewalld filter_FORWARD {LET_BY}")]),
+        OWNED, f"{OWNED_TABLE.format('filter_FORWARD_dnat')} {FLOWS}; only the program that owns "
+        "the table can let them through (firewalld: StrictForwardPorts=no)"]),
     "libvirt-9.0.0": ("came", "passed", LIBVIRT_MAY),
     "libvirt-11.3.0-nftables": ("came", "passed", [
         rule(f"{which} virbr0 reject", f"ip libvirt_network guest_{way}", MAY,
@@ -374,6 +377,12 @@ def test_where_the_rule_for_flows_goes(read, name, command):
     found, = opening.flows_stopped(read(name, to_change=True)[0])
     assert " ".join(opening.to_let_flows_pass(found)).startswith(
         f"iptables-nft -w 5 -t filter {command} -m comment")
+
+
+def test_a_client_is_named_to_the_owner_of_a_table(read):
+    client = IPv4Network("203.0.113.0/24")
+    found, = judge.findings(read("firewalld-2.3.1")[0], PORT, [client])
+    assert found.text.endswith("(detour-server firewall open requests --client 203.0.113.0/24)")
 
 
 def test_every_rule_set_here_is_looked_at():

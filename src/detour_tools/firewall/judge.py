@@ -69,7 +69,7 @@ def judge(chain: Chain, packet: Packet) -> Iterator[Finding]:
     end = yield from _walk(chain, chain, packet, True, None, ())
     if not end and chain.policy == "drop":
         yield Finding(f"chain {chain.name} has policy drop: {packet.what} will be dropped; "
-                      f"allow them with: {_cure(chain, packet)}", True, chain)
+                      f"{_cure(chain, packet, 'allow them')}", True, chain)
 
 
 def may_accept(chain: Chain, packet: Packet) -> bool:
@@ -160,12 +160,15 @@ def _all(found: Iterable[bool | None]) -> bool | None:
 
 def _said(rule: Rule, chain: Chain, base: Chain, packet: Packet, sure: bool) -> str:
     where = f"rule '{rule.text}' of chain {chain.name}"
-    cure = f"before it with: {_cure(base, packet)}"
     if rule.verdict == "notrack":
         return (f"{where} {'leaves' if sure else 'may leave'} {packet.what} untracked, so that "
-                f"nothing is translated; let them pass {cure}")
-    return f"{where} {'drops' if sure else 'may drop'} {packet.what}; allow them {cure}"
+                f"nothing is translated; {_cure(base, packet, 'let them pass before it')}")
+    return (f"{where} {'drops' if sure else 'may drop'} {packet.what}; "
+            f"{_cure(base, packet, 'allow them before it')}")
 
 
-def _cure(base: Chain, packet: Packet) -> str:
-    return f"{base.insert} {packet.allow[base.tool]}"
+def _cure(base: Chain, packet: Packet, words: str) -> str:
+    if base.owned:
+        hint = f" ({packet.by_owner})" if packet.by_owner else ""
+        return f"only the program that owns the table can let them through{hint}"
+    return f"{words} with: {base.insert} {packet.allow[base.tool]}"
