@@ -332,7 +332,7 @@ CAPTURED = {
         "the table can let them through (firewalld: StrictForwardPorts=no)"]),
     "libvirt-9.0.0": ("came", "passed", LIBVIRT_MAY),
     "libvirt-11.3.0-nftables": ("came", "passed", [
-        rule(f"{which} virbr0 reject", f"ip libvirt_network guest_{way}", MAY,
+        rule(f'{which} "virbr0" reject', f"ip libvirt_network guest_{way}", MAY,
              f"nft insert rule ip libvirt_network forward {LET_BY}")
         for which, way in (("oif", "input"), ("iif", "output"))]),
     "docker-20.10.24": ("came", "stopped", [UFW_FLOWS]),
