@@ -76,7 +76,7 @@ def _checked(read: Any) -> _Rules:
              for kind, rules in read.items()}
     if not found.keys() <= KINDS.keys():
         raise ValueError(found.keys())
-    return found
+    return {kind: KINDS[kind]().understood(rules) for kind, rules in found.items()}
 
 
 def _remember(rules: _Rules) -> None:
