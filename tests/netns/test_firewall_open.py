@@ -157,6 +157,21 @@ def test_what_lets_them_in_already_is_the_hosts(host: Host, etc: Path) -> None:
     assert (_listed(host), list(etc.iterdir())) == (before, [])
 
 
+def test_what_drops_them_all_the_same_is_said(host: Host, etc: Path) -> None:
+    host.run(["nft", "-f", "-"], input=_DROPS)
+    before = _listed(host)
+    host.run(["nft", "-f", "-"], input="""table ip early {
+        chain c { type filter hook prerouting priority raw; udp dport 45672 drop; }
+    }""")
+    said = _requests(host, etc)["msg"]
+    assert "rule 'udp dport 45672 drop' of chain ip early c drops clients' requests from" in said
+    assert "all the same (what was opened stands" in said
+    host.run(["nft", "delete", "table", "ip", "early"])
+    assert not _requests(host, etc)["changed"], "they are opened"
+    assert _firewall(host, etc, "close")["changed"]
+    assert _listed(host) == before
+
+
 def test_open_again_after_the_host_took_our_rule_away(host: Host, etc: Path) -> None:
     host.run(["nft", "-f", "-"], input=_DROPS)
     _requests(host, etc)

@@ -105,6 +105,35 @@ def test_a_table_that_nobody_else_may_change(monkeypatch):
     assert "StrictForwardPorts" in str(raised.value)
 
 
+_CLIENT = IPv4Network("203.0.113.0/24")
+_UFW = "-P INPUT DROP\n-N ufw-user-input\n-A INPUT -j ufw-user-input"
+_ALLOWED = "-A ufw-user-input -s 203.0.113.0/24 -p udp -m udp --dport 45672 -j ACCEPT"
+
+
+@pytest.mark.parametrize(("rules", "left"), [
+    ((_ALLOWED,), False),
+    (("-A ufw-user-input -s 203.0.113.0/24 -j DROP", _ALLOWED), True),
+    (("-A ufw-user-input -p udp -m udp --dport 45672 -j DROP", _ALLOWED), True),
+    (("-A ufw-user-input -s 203.0.113.128/25 -j DROP", _ALLOWED), False),
+    # Where clients come by that interface they are let in.
+    (("-A ufw-user-input -i eth1 -j ACCEPT", "-A ufw-user-input -p udp -j DROP", _ALLOWED), False),
+    ((), True),
+])
+def test_what_drops_requests_all_the_same(rules, left):
+    chains = legacy.chains("\n".join([_UFW, *rules]), "iptables-nft")
+    assert bool(opening.requests_left(chains, 45672, [_CLIENT])) == left
+
+
+def test_requests_that_are_dropped_when_they_come_in():
+    chain = {"chain": {"family": "ip", "table": "t", "name": "p", "type": "filter",
+                       "hook": "prerouting", "policy": "drop"}}
+    assert opening.requests_left(nft.chains([chain]), 45672, [_CLIENT])
+    rule = {"rule": {"family": "ip", "table": "t", "chain": "p", "handle": 1,
+                     "expr": [{"notrack": None}]}}
+    chain["chain"]["policy"] = "accept"
+    assert not opening.requests_left(nft.chains([chain, rule]), 45672, [_CLIENT])
+
+
 def test_what_the_owner_had_is_not_ours():
     ours, theirs, old = ("a", "ours"), ("b", "theirs"), ("c", "of before")
     assert opening.changes({"ufw": [old]}, {"ufw": [ours, theirs]}, {"ufw": [ours]}) == (

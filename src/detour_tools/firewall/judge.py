@@ -50,24 +50,26 @@ class Finding:
     """What stands in a packet's way: ``text`` says it in a line; ``certain`` or only maybe.
 
     ``rule`` is the one of the base ``chain`` that drops the packet, or leads to where it is
-    dropped; None: the chain's policy does.
+    dropped; None: the chain's policy does. ``untracked``: it only keeps connection tracking off.
     """
 
     text: str
     certain: bool
     chain: Chain
     rule: Rule | None = None
+    untracked: bool = False
 
 
 def judge(chain: Chain, packet: Packet) -> Iterator[Finding]:
     """One for each rule, or the policy, that drops the packet in this base chain.
 
-    In a prerouting chain: for each rule that keeps connection tracking off it.
+    In a prerouting chain: also for each rule that keeps connection tracking off it; of what only
+    may drop it none, as there every filter of forged sources may.
     """
-    end = yield from _walk(chain, chain, packet, True, None)
-    if not end and chain.policy == "drop" and chain.hook != "prerouting":
+    end = yield from _walk(chain, chain, packet, True, None, ())
+    if not end and chain.policy == "drop":
         yield Finding(f"chain {chain.name} has policy drop: {packet.what} will be dropped; "
-                      f"allow them with: {_cure(chain, packet)}", True, chain)
+                      f"{_cure(chain, packet, 'allow them')}", True, chain)
 
 
 def may_accept(chain: Chain, packet: Packet) -> bool:
@@ -84,9 +86,11 @@ def findings(chains: list[Chain], port: int, sources: Iterable[IPv4Network]) -> 
     tracked = are_tracked(chains, port)
     requests = [request(port, source, tracked=tracked) for source in sources] or [
         request(port, tracked=tracked)]
-    by_hook = {"prerouting": [arriving()], "forward": [mapped()], "input": requests}
+    by_hook = {"prerouting": [arriving(), *requests], "forward": [mapped()], "input": requests}
+    # Requests are not translated.
     found = {each.text: each for chain in chains for packet in by_hook.get(chain.hook, ())
-             for each in judge(chain, packet)}.values()
+             for each in judge(chain, packet)
+             if not (each.untracked and packet in requests)}.values()
     possible = [each for each in found if not each.certain]
     return [each for each in found if each.certain] + possible[:_MAY_AT_MOST]
 
@@ -94,29 +98,33 @@ def findings(chains: list[Chain], port: int, sources: Iterable[IPv4Network]) -> 
 def are_tracked(chains: list[Chain], port: int) -> bool:
     """Whether connection tracking sees requests to the UDP ``port``."""
     before = [chain for chain in chains if chain.hook == "prerouting"]
-    return not any(True for chain in before for _ in judge(chain, request(port)))
+    return not any(found.untracked for chain in before for found in judge(chain, request(port)))
 
 
 def _walk(chain: Chain, base: Chain, packet: Packet, certain: bool, via: Rule | None,
-          depth: int = 0) -> Generator[Finding, None, bool]:
+          given: tuple[Condition, ...], depth: int = 0) -> Generator[Finding, None, bool]:
     """Yield findings; return whether the walk through the base chain ends here.
 
-    ``via`` is the base chain's rule by which the walk came to another chain.
+    ``via`` is the base chain's rule by which the walk came to another chain, ``given`` what the
+    rules on that way asked for.
     """
-    bad = "notrack" if base.hook == "prerouting" else "drop"
+    before = base.hook == "prerouting"
     for rule in chain.rules if depth <= _DEPTH else ():
-        met = _all(packet.meets(condition) for condition in rule.conditions)
+        met = _all(False if any(condition.excludes(other) for other in given)
+                   else packet.meets(condition) for condition in rule.conditions)
         if met is False:
             continue
         sure = certain and bool(met)
         how, _, target = rule.verdict.partition(" ")
-        if how == bad and (sure or packet.say_may):
-            yield Finding(_said(rule, chain, base, packet, sure), sure, base, via or rule)
+        untracked = how == "notrack" and before
+        if (how == "drop" or untracked) and (sure or (packet.say_may and untracked == before)):
+            yield Finding(_said(rule, chain, base, packet, sure), sure, base, via or rule,
+                          untracked)
         elif how == "accept" and packet.is_meant(rule.conditions):
             return True
         elif target and target in base.siblings:
             if (yield from _walk(base.siblings[target], base, packet, sure, via or rule,
-                                 depth + 1)):
+                                 (*given, *rule.conditions), depth + 1)):
                 return True
             if sure and how == "goto":
                 return False  # to where this chain was called from
@@ -152,12 +160,15 @@ def _all(found: Iterable[bool | None]) -> bool | None:
 
 def _said(rule: Rule, chain: Chain, base: Chain, packet: Packet, sure: bool) -> str:
     where = f"rule '{rule.text}' of chain {chain.name}"
-    cure = f"before it with: {_cure(base, packet)}"
     if rule.verdict == "notrack":
         return (f"{where} {'leaves' if sure else 'may leave'} {packet.what} untracked, so that "
-                f"nothing is translated; let them pass {cure}")
-    return f"{where} {'drops' if sure else 'may drop'} {packet.what}; allow them {cure}"
+                f"nothing is translated; {_cure(base, packet, 'let them pass before it')}")
+    return (f"{where} {'drops' if sure else 'may drop'} {packet.what}; "
+            f"{_cure(base, packet, 'allow them before it')}")
 
 
-def _cure(base: Chain, packet: Packet) -> str:
-    return f"{base.insert} {packet.allow[base.tool]}"
+def _cure(base: Chain, packet: Packet, words: str) -> str:
+    if base.owned:
+        hint = f" ({packet.by_owner})" if packet.by_owner else ""
+        return f"only the program that owns the table can let them through{hint}"
+    return f"{words} with: {base.insert} {packet.allow[base.tool]}"

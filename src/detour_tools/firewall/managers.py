@@ -4,10 +4,10 @@
 import contextlib
 import os
 import re
-from collections.abc import Sequence
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, Protocol
+from xml.etree import ElementTree
 
 from detour_tools.errors import UserError
 from detour_tools.firewall import look, nft, opening
@@ -16,6 +16,9 @@ from detour_tools.firewall.opening import Rule
 _NFT_FILE = Path("/etc/nftables.d/detour-tools.nft")
 _NFT_DROP_IN = Path("/etc/systemd/system/nftables.service.d/detour-tools.conf")
 _ANY = "0.0.0.0/0"
+_NOW, _AT_BOOT = " (now)", " (at boot)"  # after a zone's name
+_ZONES = Path("/etc/firewalld/zones")
+_ZONES_SHIPPED = Path("/usr/lib/firewalld/zones")
 
 # The rules that nftables.service loads come first, whatever its own file holds; ours follow.
 _NFT_DROP_IN_TEXT = f"""\
@@ -32,6 +35,9 @@ class Firewall(Protocol):
 
     def wanted(self, port: int, sources: list[IPv4Network]) -> list[Rule]:
         """The rules that let requests from the sources in."""
+
+    def understood(self, stored: list[Rule]) -> list[Rule]:
+        """Rules that were stored, also by an earlier release."""
 
     def missing(self, rules: list[Rule]) -> list[Rule]:
         """Those that the host does not have."""
@@ -51,6 +57,11 @@ class Ufw:
         """The rules that let requests from the sources in."""
         return [("any" if str(source) == _ANY else str(source).removesuffix("/32"), str(port))
                 for source in sources]
+
+    @staticmethod
+    def understood(stored: list[Rule]) -> list[Rule]:
+        """Rules that were stored, also by an earlier release."""
+        return stored
 
     @staticmethod
     def missing(rules: list[Rule]) -> list[Rule]:
@@ -78,35 +89,85 @@ class Ufw:
 
 
 class Firewalld:
-    """firewalld: a rich rule a source in each zone that has interfaces; now and at boot."""
+    """firewalld: a rich rule a source in each zone that has interfaces, now and at boot.
 
-    _WHEN: tuple[Sequence[str], ...] = ((), ("--permanent",))
+    For the latter firewalld makes a file of the zone's settings, unless the host has one: that is
+    among the rules here, so that it goes with them.
+    """
 
     @staticmethod
     def wanted(port: int, sources: list[IPv4Network]) -> list[Rule]:
         """The rules that let requests from the sources in."""
         zones = {_run("firewall-cmd", "--get-default-zone").strip()}
         zones.update(re.findall(r"^([^\s(]+)", _run("firewall-cmd", "--get-active-zones"), re.M))
-        return [(zone, f'rule family="ipv4" source address="{source}" port port="{port}" '
-                       'protocol="udp" accept') for zone in sorted(zones) for source in sources]
+        found = []
+        for zone in sorted(zones):
+            rules = [f'rule family="ipv4" source address="{source}" port port="{port}" '
+                     'protocol="udp" accept' for source in sources]
+            found += [(zone + when, rule) for rule in rules for when in (_NOW, _AT_BOOT)]
+            found += [(zone, str(_ZONES / f"{zone}.xml"))] if rules else []
+        return found
 
-    def missing(self, rules: list[Rule]) -> list[Rule]:
+    @staticmethod
+    def understood(stored: list[Rule]) -> list[Rule]:
+        """What an earlier release stored, which knew of no difference: as this one would."""
+        return [(zone + when, what) for zone, what in stored for when in (
+            (_NOW, _AT_BOOT) if _is_rule(what) and " " not in zone else ("",))]
+
+    @staticmethod
+    def missing(rules: list[Rule]) -> list[Rule]:
         """Those that the host does not have."""
-        return [(zone, rule) for zone, rule in rules if any(
-            _try("firewall-cmd", *when, f"--zone={zone}", f"--query-rich-rule={rule}") is None
-            for when in self._WHEN)]
+        lacks = [(where, what) for where, what in rules if _is_rule(what)
+                 and _try(*_zone(where), f"--query-rich-rule={what}") is None]
+        written = {where.removesuffix(_AT_BOOT) for where, _ in lacks if where.endswith(_AT_BOOT)}
+        return [(where, what) for where, what in rules if (where, what) in lacks
+                or (where in written and not _is_rule(what) and not Path(what).exists())]
 
     def add(self, rules: list[Rule]) -> None:
         """Add those that are missing."""
-        for zone, rule in rules:
-            for when in self._WHEN:
-                _run("firewall-cmd", *when, f"--zone={zone}", f"--add-rich-rule={rule}")
+        for where, rule in self.missing(rules):
+            if _is_rule(rule):
+                _run(*_zone(where), f"--add-rich-rule={rule}")
 
-    def remove(self, rules: list[Rule]) -> None:
-        """Remove those that are there."""
-        for zone, rule in rules:
-            for when in self._WHEN:
-                _try("firewall-cmd", *when, f"--zone={zone}", f"--remove-rich-rule={rule}")
+    @staticmethod
+    def remove(rules: list[Rule]) -> None:
+        """Remove those that are there; also where firewalld does not run, as it may again."""
+        runs = _try("firewall-cmd", "--state") is not None
+        for where, rule in rules:
+            if _is_rule(rule) and (runs or where.endswith(_AT_BOOT)):
+                of_zone = _zone(where, runs=runs)
+                if _try(*of_zone, f"--query-rich-rule={rule}") is not None:
+                    _run(*of_zone, f"--remove-rich-rule={rule}")
+        for zone, what in rules:
+            path = Path(what)
+            # Not if the host's owner changed it since.
+            if not _is_rule(what) and _settings(path) == _settings(_ZONES_SHIPPED / path.name):
+                if runs:  # or it would not know
+                    _run("firewall-cmd", "--permanent", f"--load-zone-defaults={zone}")
+                for each in (path, path.with_name(f"{path.name}.old")):  # it keeps the one before
+                    each.unlink(missing_ok=True)
+
+
+def _is_rule(what: str) -> bool:
+    return what.startswith("rule ")
+
+
+def _zone(where: str, *, runs: bool = True) -> list[str]:
+    """The command that is about the rules of a zone, now or at boot."""
+    zone = f"--zone={where.partition(' ')[0]}"
+    if not where.endswith(_AT_BOOT):
+        return ["firewall-cmd", zone]
+    return ["firewall-cmd", "--permanent", zone] if runs else ["firewall-offline-cmd", zone]
+
+
+def _settings(path: Path) -> list[str]:
+    """What a file of firewalld says, however it is written; [its name] if there is none."""
+    try:
+        root = ElementTree.parse(path).getroot()  # noqa: S314 - root's own
+    except (OSError, ElementTree.ParseError):
+        return [str(path)]
+    parts = [ElementTree.canonicalize(ElementTree.tostring(each), strip_text=True) for each in root]
+    return [str(root.attrib), *sorted(" ".join(part.split()) for part in parts)]
 
 
 class Nftables:
@@ -132,6 +193,11 @@ class Nftables:
                 raise UserError(f"the chain {chain.name} drops UDP {port}, and belongs to a "
                                 "program that lets nobody change it", "tell that one to accept it")
         return opening.for_requests(chains, port, sources)
+
+    @staticmethod
+    def understood(stored: list[Rule]) -> list[Rule]:
+        """Rules that were stored, also by an earlier release."""
+        return stored
 
     def missing(self, rules: list[Rule]) -> list[Rule]:
         """Those that the host does not have."""

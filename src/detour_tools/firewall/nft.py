@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from detour_tools.firewall.judge import Chain, Rule
-from detour_tools.firewall.packet import Condition
+from detour_tools.firewall.packet import INTERFACES, Condition
 from detour_tools.nat.base import TABLE
 
 OURS = ("ip", TABLE)
@@ -151,7 +151,7 @@ def _text(part: dict[str, Any]) -> str:
         if "&" in what["left"]:
             bits = _flags(what["left"]["&"][1])
             op = f"& {_joined(bits)} {what['op']} "
-        return f"{_short(_key(left))} {op}{_value(what['right'], quoted='name' in _key(left))}"
+        return f"{_short(_key(left))} {op}{_value(what['right'], quoted=_key(left) in INTERFACES)}"
     if kind == "vmap":
         data = what["data"]
         pairs = data if isinstance(data, str) else "{{ {} }}".format(", ".join(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 from typing import Any
 
-from detour_tools.firewall.judge import Chain, Finding, are_tracked, judge
+from detour_tools.firewall.judge import Chain, Finding, are_tracked, judge, may_accept
 from detour_tools.firewall.packet import mapped, request
 
 # How rules for mapped flows are found again, whichever release added them.
@@ -91,6 +91,18 @@ def requests_stopped(chains: list[Chain], port: int, sources: list[IPv4Network])
                for source in sources]
     return [chain for chain in chains if chain.hook == "input" and any(
         found.certain for packet in packets for found in judge(chain, packet))]
+
+
+def requests_left(chains: list[Chain], port: int, sources: list[IPv4Network]) -> list[Finding]:
+    """What surely drops requests from one of the sources when all is done that lets them in.
+
+    Not where a rule may have let them in before, by the interface that they come by.
+    """
+    tracked = are_tracked(chains, port)
+    packets = [request(port, source, tracked=tracked) for source in sources]
+    return [found for chain in chains if chain.hook in ("prerouting", "input")
+            for packet in packets if not may_accept(chain, packet)
+            for found in judge(chain, packet) if found.certain and not found.untracked]
 
 
 def without_ours(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:

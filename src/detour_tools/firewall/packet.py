@@ -14,6 +14,7 @@ from detour_tools.nat.base import LABEL
 _PROTOCOLS = frozenset({"tcp", "udp", "udplite", "icmp", "icmpv6", "ip6", "sctp", "dccp", "esp",
                         "ah", "comp", "arp", "igmp"})
 _PORTS = ("udp dport", "th dport")
+INTERFACES = frozenset({"meta iif", "meta iifname", "meta oif", "meta oifname"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,20 @@ class Condition:
     negated: bool = False
     mask: frozenset[Any] | None = None
 
+    def excludes(self, other: "Condition") -> bool:
+        """Whether no packet meets both, as each has one interface that it came or leaves by."""
+        if self.key != other.key or self.key not in INTERFACES:
+            return False
+        if self.negated != other.negated:
+            return self.values == other.values
+        return not self.negated and all(map(_is_one, (*self.values, *other.values))) and not any(
+            value in other.values for value in self.values)
+
+
+def _is_one(name: Any) -> bool:
+    """Whether it is an interface's name: no pattern, and no set's."""
+    return isinstance(name, str) and not name.endswith(("*", "+")) and not name.startswith("@")
+
 
 @dataclass(frozen=True, slots=True)
 class Packet:
@@ -40,6 +55,8 @@ class Packet:
     source: IPv4Network | None = None
     # What only may happen to it is said, too.
     say_may: bool = True
+    # How a program lets it through that keeps its table of nftables to itself.
+    by_owner: str = ""
     # Keys of which a rule that accepts is meant for it, whatever else the rule asks for.
     meant: frozenset[str] = field(default_factory=frozenset)
 
@@ -68,7 +85,7 @@ class Packet:
     def _is(self, key: str, value: Any) -> bool | None:
         if key == "ip saddr":
             return self._comes_from(networks(value))
-        if key in ("meta iif", "meta iifname", "meta oif", "meta oifname"):
+        if key in INTERFACES:
             return False if value == "lo" else None
         known = self.known.get(key)
         if known is None or str(value).startswith("@"):  # @: a named set
@@ -107,7 +124,8 @@ def mapped() -> Packet:
         "tcp",
         # iptables has a state DNAT, which no nft has.
         _MAPPED | {"ct state": frozenset({"new", "dnat"}), "ct status": frozenset({"dnat"}),
-                   "ct label": frozenset({LABEL})})
+                   "ct label": frozenset({LABEL})},
+        by_owner="firewalld: StrictForwardPorts=no")
 
 
 def passing(protocol: str) -> Packet:
@@ -146,6 +164,7 @@ def request(port: int, source: IPv4Network | None = None, *, tracked: bool = Tru
         {"nft": f"{nft}udp dport {port} accept",
          "iptables": f"{iptables}-p udp --dport {port} -j ACCEPT"},
         "udp", known, source, say_may=False,
+        by_owner=f"detour-server firewall open requests --client {source or 'CIDR'}",
         meant=frozenset(_PORTS if source else (*_PORTS, "ip saddr")))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from detour_tools.errors import UserError
-from detour_tools.firewall import opening
+from detour_tools.firewall import look, opening
 from detour_tools.firewall.managers import KINDS, detect, write
 from detour_tools.firewall.opening import Change, Rule
 
@@ -24,11 +24,16 @@ def open_way(kind: str, port: int, sources: Iterable[IPv4Network], *,
              only_say: bool = False) -> Change:
     """Let requests from ``sources`` to the UDP ``port`` in, and nobody else whom this let in.
 
-    ``kind`` is one of managers.KINDS, or "auto". Blocks. Raises UserError.
+    ``kind`` is one of managers.KINDS, or "auto". Blocks. Raises UserError, also when something of
+    the host's own drops them all the same.
     """
     kind = detect() if kind == "auto" else kind
     merged = list(collapse_addresses(sources))  # nft takes no overlaps
-    return _apply({kind: KINDS[kind]().wanted(port, merged)}, only_say=only_say)
+    change = _apply({kind: KINDS[kind]().wanted(port, merged)}, only_say=only_say)
+    if not only_say and (left := opening.requests_left(look.chains()[0], port, merged)):
+        raise UserError(f"{left[0].text.rpartition('; ')[0]} all the same",
+                        "what was opened stands, but that is not ours to change")
+    return change
 
 
 def close_way(*, only_say: bool = False) -> Change:
@@ -71,7 +76,7 @@ def _checked(read: Any) -> _Rules:
              for kind, rules in read.items()}
     if not found.keys() <= KINDS.keys():
         raise ValueError(found.keys())
-    return found
+    return {kind: KINDS[kind]().understood(rules) for kind, rules in found.items()}
 
 
 def _remember(rules: _Rules) -> None:
