@@ -4,7 +4,8 @@
 Each connection is a whole handshake between client and server, ended by the server's reset, so
 that neither end is left with a port in TIME_WAIT. With many mappings, connections go through one
 of them, or through all of them at random, which the processor's caches feel; the server has
-addresses enough for that. Two labs, and rounds in turn.
+addresses enough for that. The same to all its ports without a detour tells what of that is felt at
+both ends and on the way. Two labs, and rounds in turn.
 """
 
 import contextlib
@@ -49,6 +50,7 @@ class _Side:
         bed.host("server").run(["ip", "-batch", "-"], input="".join(
             f"address add {_SERVER_NETWORK + 1 + n}/32 dev lo\n"
             for n in range(_SERVER_ADDRESSES)))
+        bed.run("r1", "ip", "route", "add", network, "via", "10.0.2.2")
         bed.run("r2", "ip", "route", "add", network, "via", "10.0.3.2")
         bed.run("r3", "ip", "route", "add", network, "via", "10.0.5.1")
         # Flows that were reset go soon: a table full of them would be what is measured.
@@ -68,6 +70,12 @@ class _Side:
                 raise RuntimeError(f"{load.lost} of {len(share)} requests were not answered")
             yield from (f"{client} {bed.detour[0]} {port}\n" for port in load.ports.values())
 
+    def directly(self) -> list[str]:
+        """The same from the same clients to the server itself."""
+        clients = sorted({target.split()[0] for target in self.targets})
+        return [f"{client} {_SERVER_NETWORK + 1 + n} {_FIRST_PORT + port}\n" for client in clients
+                for n in range(_SERVER_ADDRESSES) for port in range(_PORTS)]
+
     def connect(self, file: Path, seconds: float) -> dict[str, Any]:
         """Connect to the targets in the file, as fast as it goes."""
         self.bed.forget_flows()
@@ -85,7 +93,7 @@ class _Way:
         self.rates: list[float] = []
         self.failed = 0
         self._side = side
-        self._file = side.bed.lab.folder() / f"targets{len(targets)}"
+        self._file = side.bed.lab.folder() / f"targets of {name}"
         self._file.write_text("".join(targets), encoding="ascii")
 
     def round(self) -> None:
@@ -102,7 +110,9 @@ def run(say: Callable[[str], None], *, quick: bool, load: Path) -> Iterator[Figu
         say(f"{many:,} mappings made")
         ways = [_Way("at 1", small, small.targets),
                 _Way(f"at {many:,}, through one", large, large.targets[:1]),
-                _Way(f"at {many:,}, through all", large, large.targets)]
+                _Way(f"at {many:,}, through all", large, large.targets),
+                _Way("without detour, to one", large, large.directly()[:1]),
+                _Way("without detour, to all", large, large.directly())]
         for way in ways:  # to warm up
             way.round()
             way.rates.clear()
@@ -110,7 +120,7 @@ def run(say: Callable[[str], None], *, quick: bool, load: Path) -> Iterator[Figu
             for way in random.sample(ways, len(ways)):
                 way.round()
             say("; ".join(f"{way.name}: {way.rates[-1]:,.0f}/s" for way in ways))
-    one, *others = ways
+    one, *others, one_directly, all_directly = ways
     baseline = statistics.median(one.rates)
     yield Figure(bench=NAME, name="new TCP connections at 1 mapping", value=baseline, unit="/s",
                  details=spread(one.rates) | {"failed": one.failed})
@@ -123,3 +133,9 @@ def run(say: Callable[[str], None], *, quick: bool, load: Path) -> Iterator[Figu
                      baseline=baseline, baseline_name=one.name, ratio=ratio, target=">= 0.9 x",
                      met=ratio >= 0.9 and not way.failed,
                      details=spread(way.rates) | {"failed": way.failed, "ratios": spread(ratios)})
+    ratios = [b / a for a, b in zip(one_directly.rates, all_directly.rates, strict=True)]
+    yield Figure(bench=NAME, name=f"new TCP connections {all_directly.name}",
+                 value=statistics.median(all_directly.rates), unit="/s",
+                 baseline=statistics.median(one_directly.rates), baseline_name="to one",
+                 ratio=statistics.median(ratios), details=spread(all_directly.rates)
+                 | {"failed": all_directly.failed, "ratios": spread(ratios)})
