@@ -50,7 +50,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
 
 def _package(folder: Path, says: str) -> Path:
     """A package named as a kernel's, whose script, run by root, writes what it is."""
-    tree = folder / says
+    tree = folder / says / "tree"  # apart from the package, or that would hold itself
     (tree / "DEBIAN").mkdir(parents=True)
     (tree / "DEBIAN/control").write_text(
         "Package: linux-image-6.99.0-detour-test\nVersion: 6.99.0-deadbeef\n"
