@@ -3,16 +3,14 @@
 
 import re
 import subprocess
-import sys
 from collections.abc import Callable
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-_PATH = Path(__file__).parents[2] / "roles/bridge/library/detour_bridges.py"
+from tests.unit import role_modules
 
 _VMS: dict[str, Any] = {"name": "br-vm", "address": ["10.77.0.1/24"],
                         "dhcp": {"first": "10.77.0.50", "last": "10.77.0.99"}}
@@ -23,12 +21,7 @@ _MAC = "52:54:00:00:00:01"
 @pytest.fixture
 def bridges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The module, on a host with the interfaces ens3 and ens4."""
-    spec = spec_from_file_location("detour_bridges", _PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = role_modules.load("bridge/library/detour_bridges.py", monkeypatch)
     module.SYS, module.WORK = tmp_path / "net", tmp_path / "work"
     for name in ("ens3", "ens4"):
         (module.SYS / name).mkdir(parents=True)

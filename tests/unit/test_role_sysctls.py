@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Which file sets a sysctl otherwise after the roles' own."""
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-_MODULE = Path(__file__).parents[2] / "roles/ip_forward/library/detour_sysctls.py"
+from tests.unit import role_modules
+
 _FORWARD = {"net.ipv4.ip_forward": "1"}
 
 
-@pytest.fixture(scope="module")
-def sysctls() -> ModuleType:
-    spec = spec_from_file_location("detour_sysctls", _MODULE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def sysctls(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return role_modules.load("ip_forward/library/detour_sysctls.py", monkeypatch)
 
 
 def _later(sysctls: ModuleType, folder: Path, values: dict[str, str] = _FORWARD) -> str:

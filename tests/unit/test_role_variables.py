@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -17,20 +16,17 @@ import yaml
 
 from detour_tools.client.settings import ClientSettings
 from detour_tools.server.settings import RELOADABLE, Settings
+from tests.unit import role_modules
 
 ROOT = Path(__file__).parents[2]
-_FILTER = ROOT / "roles/supported/filter_plugins/detour_variables.py"
+_THIS_HOST: dict[str, object] = {"ansible_connection": "local",
+                                 "ansible_python_interpreter": "/usr/bin/python3"}
 _PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
 
 
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    spec = spec_from_file_location("detour_variables", _FILTER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return role_modules.load("supported/filter_plugins/detour_variables.py", monkeypatch)
 
 
 @pytest.mark.parametrize(("name", "said"), [
@@ -166,8 +162,7 @@ def test_what_no_reload_changes_restarts_the_server() -> None:
 def _play(folder: Path, *arguments: object, groups: dict[str, list[str]] | None = None,
           **variables: object) -> str:
     """What ansible-playbook says of an inventory with one detour, this host, and ``groups``."""
-    host = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
-    children: dict[str, Any] = {"detours": {"hosts": {"one": host | variables}}}
+    children: dict[str, Any] = {"detours": {"hosts": {"one": _THIS_HOST | variables}}}
     for name, hosts in (groups or {}).items():
         children[name] = {"hosts": dict.fromkeys(hosts)}
     (folder / "hosts.yml").write_text(json.dumps({"all": {"children": children}}))
@@ -252,10 +247,9 @@ def test_an_empty_group_of_clients_lets_nobody_in(
 ])
 def test_a_detour_that_clients_cannot_ask_is_told_before_anything_changes(
         tmp_path: Path, host: dict[str, str], missing: str | None) -> None:
-    variables = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
     (tmp_path / "hosts.yml").write_text(json.dumps({"all": {"children": {
         "detours": {"hosts": {"good": {"detour_address": "192.0.2.1"}, "bad": host}},
-        "clients": {"hosts": {"one": variables}}}}}))
+        "clients": {"hosts": {"one": _THIS_HOST}}}}}))
     (tmp_path / "own.yml").write_text(json.dumps([{
         "hosts": "one", "gather_facts": False, "vars": {"detour_common_release": "r1"}, "tasks": [
             {"import_role": {"name": "detour_client", "tasks_from": "preflight.yml"}}]}]))
