@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Filters that look at what an inventory means for our roles.
 
-detour_misspelt: which of the names none of our roles knows. detour_collections: which of them are
-to be lists or dictionaries. detour_unlisted: which values are neither, and are to be.
+detour_misspelt: which of the names none of our roles knows. detour_unlisted: which values are no
+list, or dictionary, and are to be. detour_near: which groups' names are nearly ours.
+detour_addresses, detour_endpoints: where others reach hosts, and where clients ask detours.
 """
 
 import contextlib
