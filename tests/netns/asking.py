@@ -157,6 +157,12 @@ def rules(host: Host) -> str:
     return re.sub(r"packets \d+ bytes \d+", "", "\n".join(texts))
 
 
+def lasting(rules: str) -> str:
+    """Rules without what the kernel counts and notes in sets by itself, and when that expires."""
+    return re.sub(r" expires [0-9a-z]+", "", re.sub(
+        r"\n\s*elements = {[^}]* (ct count|limit rate) over [^}]*}", "", rules))
+
+
 def mappings(host: Host) -> set[tuple[str, int, str]]:
     """What ``detour-server list`` says."""
     listed = json.loads(host.run(["detour-server", "list", "--json"]).stdout)["mappings"]

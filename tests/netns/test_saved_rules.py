@@ -13,10 +13,10 @@ from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Host, Lab
 from detour_tools.lab.topology import reference_topology
 from tests.netns import asking, debian13
-from tests.netns.asking import Asker, Flow, WhoAmI
+from tests.netns.asking import Asker, Flow, WhoAmI, lasting
 from tests.netns.conftest import PRIVATE, MakeLab, Serve, Start
 from tests.netns.debian13 import Nftables
-from tests.netns.test_server_saved_rules import ADMINS, at_rest, lasting, load
+from tests.netns.test_server_saved_rules import ADMINS, at_rest, load
 
 TABLES = """
 table inet admins {
@@ -94,8 +94,8 @@ def test_of_the_server_on_debian_13(lab: Lab, start: Start, newer: Nftables, ask
 _WITHOUT_LABELS = """
 from detour_tools.cli.server import main
 from detour_tools.nat import nftables
-make = nftables._ruleset
-nftables._ruleset = lambda *arguments, labels: make(*arguments, labels=False)
+ways = nftables.ways
+nftables.ways = lambda *terms: [(able, text) for able, text in ways(*terms) if not able.labels]
 main()
 """
 

@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import signal
 import socket
 import sys
 import time
@@ -11,11 +12,15 @@ import pytest
 
 from detour_tools.endpoint import Endpoint, parse_endpoint
 from detour_tools.lab import namespaces
+from detour_tools.lab.daemons import wait_for
 from detour_tools.lab.network import Host
 from detour_tools.mproxy import PORT, v1
 from detour_tools.server.listening import ListeningPorts
 from tests.netns import asking
 from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
+from tests.netns.conftest import PRIVATE
+from tests.netns.test_client import hold, sink, subflows  # noqa: F401 - fixtures
+from tests.netns.test_server_takeover import handle
 
 _IP_TRANSPARENT = 19  # include/uapi/linux/in.h
 
@@ -107,17 +112,86 @@ def test_a_flood_of_forged_requests_keeps_nobody_out(lab, start_server, start, s
     assert served(Asker(lab.host("client"), detour.address)) >= 19
 
 
-def test_a_flood_at_full_speed_keeps_no_client_out_that_has_mappings(lab, start_server, start,
-                                                                     asker):
-    """What waits is not so old that its client has given up."""
-    detour = lab.host("detour")
-    start_server(detour)
-    asker.ask("45.0.0.1:443", 443)
-    start(lab.host("r3"), [sys.executable, "-m", "tests.netns.forgery", detour.address,
-                           "10.128.0.0/10", 0])
+def test_a_flood_at_full_speed_keeps_no_client_out_that_uses_its_mappings(
+        lab, start_server, start, start_client, sink, hold, asker):  # noqa: F811
+    """Of four million addresses, which share in what the kernel lets in of strangers."""
+    detour, client = lab.host("detour"), lab.host("client")
+    sink(lab.host("server"))
+    start_server(detour, *PRIVATE)
+    start_client(client, "detour")
+    hold(client)
+    wait_for(lambda: subflows(client) == [[str(detour.address), "direct"]])
+    for _ in range(2):
+        start(lab.host("r3"), [sys.executable, "-m", "tests.netns.forgery", detour.address,
+                               "10.128.0.0/10", 0])
     asking.in_time("the flood has come",
-                   (counts(detour)["overflowed"] >= 20000 for _ in itertools.count()), timeout=60.0)
+                   (counts(detour)["dropped"] >= 20000 for _ in itertools.count()), timeout=60.0)
     assert served(asker) >= 19
+    assert any("flood of requests" in text for text in asking.status(detour)["warnings"])
+
+
+@pytest.mark.parametrize("network", ["10.200.0.1/32", "11.0.0.0/8"])
+def test_a_flood_at_full_speed_is_not_read(lab, start_server, start, network):
+    """Of one address, or of some that are not allowed: beyond a little. And those who come for the
+    first time are served meanwhile.
+    """
+    detour = lab.host("detour")
+    server = start_server(detour)
+    flood = start(lab.host("r3"), [sys.executable, "-m", "tests.netns.forgery", detour.address,
+                                   network, 0])
+    asking.in_time("the flood has come",
+                   (counts(detour)["dropped"] >= 100_000 for _ in itertools.count()), timeout=60.0)
+    found = counts(detour)
+    assert found["received"] + found["lost"] < found["dropped"]
+    assert served(Asker(lab.host("client"), detour.address)) >= 19
+    server.wait_line("a flood of requests: the kernel drops what is too much unread")
+    flood.stop()
+    server.wait_line("no longer so: a flood of requests")
+
+
+def test_a_kernel_that_limits_no_requests(lab, start):
+    """Said, and all else is as ever."""
+    detour = lab.host("detour")
+    code = ("from detour_tools.nat import ruleset\n"
+            "ruleset._OVER = 'limit nothing over {0} {1}'\n"
+            "from detour_tools.cli.server import main; main()")
+    server = start(detour, [sys.executable, "-c", code])
+    server.wait_line("this kernel does not limit how many come")
+    server.wait_line("serving")
+    assert Asker(lab.host("client"), detour.address).ask("45.0.0.1:443", 443) == 443
+    table = detour.run(["nft", "list", "table", "ip", "detour-tools"]).stdout
+    assert "limit rate" not in table
+    assert "ct count over 2000" in table
+    assert "ct timeout set" in table
+
+
+def test_who_may_ask_is_told_the_kernel(lab, start_server, tmp_path, asker):
+    """At a reload, and when a server takes over, without a mapping made anew."""
+    detour = lab.host("detour")
+    config = tmp_path / "server.toml"
+
+    def allow(client: str) -> None:
+        config.write_text(f'allow-client = ["{client}"]\n')
+
+    def allowed() -> list[object]:
+        found = json.loads(detour.run(
+            ["nft", "-j", "list", "set", "ip", "detour-tools", "allowed"]).stdout)
+        return [found["nftables"][1]["set"]["elem"], handle(detour)]
+
+    allow("10.0.1.0/24")
+    server = start_server(detour, "--config", config)
+    assert asker.ask("45.0.0.1:443", 443) == 443
+    before, first = allowed()
+    assert before == [{"prefix": {"addr": "10.0.1.0", "len": 24}}]
+    allow("0.0.0.0/0")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_line("reloaded")
+    assert allowed() == [[{"prefix": {"addr": "0.0.0.0", "len": 0}}], first]
+    allow("10.0.0.0/15")
+    server.process.kill()
+    server.process.wait()
+    start_server(detour, "--config", config)
+    assert allowed() == [[{"prefix": {"addr": "10.0.0.0", "len": 15}}], first]
 
 
 def test_a_flood_of_malformed_datagrams_is_dropped_unread(lab, start_server, start):

@@ -65,8 +65,8 @@ def test_flows_that_nobody_answers_are_soon_forgotten(lab, start_server):
 def test_a_kernel_without_time_outs_of_ours(lab, start):
     """Said, and all else is as ever."""
     detour = lab.host("detour")
-    code = ("from detour_tools.nat import nftables\n"
-            "nftables._ASKED = 'ct timeout asked { protocol 300; }'\n"
+    code = ("from detour_tools.nat import ruleset\n"
+            "ruleset._ASKED = 'ct timeout asked { protocol 300; }'\n"
             "from detour_tools.cli.server import main; main()")
     server = start(detour, [sys.executable, "-c", code])
     server.wait_line("CONFIG_NF_CONNTRACK_TIMEOUT")

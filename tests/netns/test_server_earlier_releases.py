@@ -76,7 +76,7 @@ TWO = {("10.0.1.1", port, f"10.0.3.2:{port}") for port in (80, 81)}
 
 def lines(host: Host) -> list[str]:
     """The host's rules; two mappings are in no order."""
-    return sorted(asking.rules(host).splitlines())
+    return sorted(asking.lasting(asking.rules(host)).splitlines())
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 """A host's rules that an administrator saved while a server ran load again, at boot or by hand."""
 
 import contextlib
-import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import pytest
 from detour_tools.lab.daemons import Daemon
 from detour_tools.lab.network import Host, Lab
 from tests.netns import asking
-from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, mappings
+from tests.netns.asking import Asker, Flow, WhoAmI, kernel_mappings, lasting, mappings
 from tests.netns.conftest import PRIVATE, Serve, Start
 
 ADMINS = """
@@ -54,11 +53,6 @@ def save(host: Host, backend: str) -> str:
                    for line in lines if not line.startswith("#"))
 
 
-def lasting(saved: str) -> str:
-    """Saved rules without the counts of open flows, which the kernel removes when these end."""
-    return re.sub(r"\n\s*elements = {[^}]* ct count over [^}]*}", "", saved)
-
-
 @pytest.fixture
 def admins(lab: Lab) -> Host:
     """The detour, with a table of its administrator's."""
@@ -68,7 +62,8 @@ def admins(lab: Lab) -> Host:
 
 
 @pytest.mark.parametrize("limits", [
-    (), ("--max-flows", 0, "--max-flows-per-client", 0), ("--max-flows", 100)], ids=str)
+    (), ("--max-flows", 0, "--max-flows-per-client", 0), ("--max-flows", 100),
+    ("--allow-client", "0.0.0.0/0"), ("--rate", 0)], ids=str)
 @pytest.mark.parametrize("router", ["yes", "no"])
 @pytest.mark.parametrize("relay", ["joins", "tcp"])
 def test_what_is_listed_loads_again(lab: Lab, serve: Serve, backend: str, admins: Host,
@@ -82,7 +77,7 @@ def test_what_is_listed_loads_again(lab: Lab, serve: Serve, backend: str, admins
     saved = save(admins, backend)
     assert "10.0.3.2" in saved
     assert ("10.0.1.1 ct count over" in saved) == (
-        backend == "nftables" and relay == "tcp" and 0 not in limits)
+        backend == "nftables" and relay == "tcp" and "--max-flows-per-client" not in limits)
     assert ("ct timeout set" in saved) == (backend == "nftables")
     host_rules = admins.run(["nft", "list", "table", "inet", "admins"]).stdout
 

@@ -22,8 +22,9 @@ ARGUMENTS = ("--backend", "nftables", "--relay", "tcp", *PRIVATE)
 
 
 def rules_of(host: Host) -> str:
-    """The rules, without what the kernel has counted in sets meanwhile."""
-    return " ".join(re.sub(r"elements = {[^}]* ct count [^}]*}", "", asking.rules(host)).split())
+    """The rules, without clients whose flows a remote has answered."""
+    return " ".join(asking.lasting(re.sub(r"\n\s*elements = {[^}]* expires [^}]*}", "",
+                                          asking.rules(host))).split())
 
 
 def handle(host: Host) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from detour_tools.endpoint import Network
 from detour_tools.mapping import Mapping
 
 # Our table of nftables, of family ip.
@@ -21,6 +22,8 @@ FORWARD = "DETOUR-FORWARD"
 LABEL = 97
 
 
+# A server that serves them from one core of two has time for the others as well.
+_STRANGERS = 10_000
 _TRACKED = Path("/proc/sys/net/netfilter/nf_conntrack_max")
 
 Relay = Literal["joins", "tcp"]
@@ -41,6 +44,10 @@ class Terms:
 
     ``requests``: the UDP port that clients ask at, of which the kernel soon forgets who asked, so
     that a flood fills no connection tracking; 0: none.
+
+    ``requests_per_client``: so many requests a second the kernel lets in of one address, and but a
+    few of others than ``clients``; 0: all. Of addresses whose joins no remote has answered yet it
+    lets ``requests_of_strangers`` in, together.
     """
 
     relay: Relay = "joins"
@@ -48,16 +55,26 @@ class Terms:
     flows: int | None = None
     router: bool = True
     requests: int = 0
+    requests_per_client: int = 0
+    clients: tuple[Network, ...] = ()
 
     @property
     def all_flows(self) -> int:
         """``flows``, or what it means now."""
-        if self.flows is not None:
-            return self.flows
-        try:
-            return int(_TRACKED.read_text(encoding="ascii")) * 3 // 4
-        except FileNotFoundError:  # the kernel tracks nothing yet
-            return 0
+        return _tracked() * 3 // 4 if self.flows is None else self.flows
+
+    @property
+    def requests_of_strangers(self) -> int:
+        """So many a second. In two they fill an eighth of what the kernel tracks at most."""
+        return max(min(_tracked() // 16, _STRANGERS), self.requests_per_client)
+
+
+def _tracked() -> int:
+    """How many flows the kernel tracks at most; 0: none yet."""
+    try:
+        return int(_TRACKED.read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return 0
 
 
 class NatError(Exception):
@@ -107,11 +124,20 @@ class NatBackend(Protocol):
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
         """Remove, then add mappings, all in one step. Raises NatError."""
 
+    def admit(self, clients: Sequence[Network]) -> None:
+        """Go by other ``clients`` from now on. Raises NatError."""
+
     def intact(self) -> bool:
         """Whether our rules still stand; cheap, and blind to changes within them."""
 
     def refused_flows(self) -> int:
         """How many flows the rules have refused for their number, since the first install.
+
+        Raises NatError.
+        """
+
+    def dropped_requests(self) -> int:
+        """How many datagrams to the port of requests the rules have dropped, since the start.
 
         Raises NatError.
         """

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from detour_tools.endpoint import Network
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping, flow_key
 from detour_tools.nat import xtables
@@ -174,6 +175,13 @@ class IptablesBackend:
         """What the rule that refuses has met, and those before it."""
         self._refresh("filter")
         return self._refused_before + self._counted()
+
+    def admit(self, clients: Sequence[Network]) -> None:
+        """Nothing: the server alone tells who may ask."""
+
+    def dropped_requests(self) -> int:
+        """None."""
+        return 0
 
     def _counted(self) -> int:
         if not self._tables["filter"].is_chain(FORWARD):

@@ -7,131 +7,21 @@ commit nor a packet gets dearer with their number.
 
 import contextlib
 import ctypes
-import dataclasses
 import importlib
 import logging
-import socket
 import struct
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from detour_tools import sysctl
+from detour_tools.endpoint import Network
 from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
 from detour_tools.nat import standing
-from detour_tools.nat.base import LABEL, TABLE, NatError, Terms
+from detour_tools.nat.base import TABLE, NatError, Terms
+from detour_tools.nat.ruleset import DROPPED, REFUSED, Abilities, admitted, names_protocols, ways
 from detour_tools.netlink.nf_tables import Element, NfTables
 
 log = logging.getLogger(__name__)
-
-# Ours come just before the host's own NAT (-100 and 100), so that a mapping that was answered
-# means what the answer said. Only flows that are ours match, everything else passes on.
-#
-# 'input': a remote may become an address of the detour after its mapping was made; the detour's
-# own services stay out of reach all the same.
-#
-# 'opening': who may not use the detour for plain TCP could still send an MP_JOIN first, and other
-# SYNs over the same flow then; and a server without MPTCP answers an MP_JOIN as if it were none.
-#
-# 'clients' and 'shares': the kernel removes an element when the last flow that it counts has ended.
-# A set that is full would count no more, so that there is room for the client of each mapping.
-#
-# 'ct status dnat': without it a plain forwarded flow of a client to a mapped remote would be
-# masqueraded, where the detour is also the client's router.
-#
-# 'forward': before all chains of the host's own, and only for the first packet of a flow.
-#
-# 'asked': a request leaves an entry in connection tracking for 30 s otherwise, so that 9,000 forged
-# ones a second fill a table of 262,144. Set in 'input', where the entry is not in the table yet.
-#
-# 'beginning-flow': a SYN leaves one for two minutes otherwise, so that 17 forged ones a second use
-# up what a client may have open.
-_RULESET = """
-add table ip {table}
-delete table ip {table}
-table ip {table} {{
-    comment "detour-server: made, changed and removed by it"
-    map mappings {{
-        type ipv4_addr . inet_service : ipv4_addr . inet_service
-        size {size}
-    }}
-    set mapped {{
-        type ipv4_addr . inet_service . ipv4_addr . inet_service
-        size {size}
-    }}
-    set clients {{
-        type ipv4_addr
-        size {size}
-        flags dynamic
-    }}
-    set shares {{
-        type inet_service
-        size {most_shares}
-        flags dynamic
-    }}
-    counter refused-flows {{
-    }}
-    {timeouts}
-    chain prerouting {{
-        type nat hook prerouting priority dstnat - 1; policy accept;
-        fib daddr type local {relayed} dnat to ip saddr . tcp dport map @mappings
-    }}
-    chain postrouting {{
-        type nat hook postrouting priority srcnat - 1; policy accept;
-        {mapped} masquerade
-    }}
-    chain input {{
-        type filter hook input priority filter; policy accept;
-        {mapped} drop
-        {asking}
-    }}
-    chain opening {{
-        tcp option mptcp subtype {join} return
-        drop
-    }}
-    chain beginning {{
-        {beginning}
-    }}
-    chain forward {{
-        type filter hook forward priority raw; policy accept;
-        {forward}
-    }}
-}}
-"""
-# In 'option mptcp': MP_JOIN (RFC 8684, section 8).
-_JOIN = 1
-_RELAYED = {
-    "joins": f"tcp flags & (fin | syn | rst | ack) == syn tcp option mptcp subtype {_JOIN}",
-    "tcp": "meta l4proto tcp",
-}
-# nft 1.0.6 lists no 'meta l4proto tcp' where a TCP port comes later in the rule, and refuses its
-# own listing then, as the size of 'proto-dst' depends on the protocol. 'tcp dport != 0', always
-# true, is listed and tells it: a rule set that an administrator saved must load again.
-_MAPPED = """ct status dnat tcp dport != 0 \
-ip saddr . ct original proto-dst . ip daddr . tcp dport @mapped"""
-# The same of packets in either direction.
-_OURS = """ct status dnat tcp dport != 0 ct original ip saddr . ct original proto-dst . \
-ct reply ip saddr . ct reply proto-src @mapped"""
-
-# To count all flows as one would take a look at each of them, for each that begins. They are
-# counted in shares of some hundred instead, by bits of the client's port: not by the lowest, as
-# connect() on Linux prefers ports that are even (net/ipv4/inet_hashtables.c).
-_SHARE = 128
-_MOST_SHARES = 1024
-_COUNTER = "refused-flows"
-_REFUSE = f"counter name {_COUNTER} reject with tcp reset"
-
-# A request is answered within a second, or its client asks again. Whole seconds.
-_ASKED = "ct timeout asked { protocol udp; l3proto ip; policy = { unreplied : 2, replied : 2 }; }"
-# A client sends its SYN again after 1, 2 and 4 seconds; what comes later begins anew. The others
-# are the host's own: left out, they would be nft's.
-_BEGINNING = "ct timeout beginning-flow { protocol tcp; l3proto ip; policy = { %s }; }"
-_BEGINNING_SECONDS = 10
-_HOSTS_TIMEOUTS = {
-    "established": "established", "fin_wait": "fin_wait", "close_wait": "close_wait",
-    "last_ack": "last_ack", "time_wait": "time_wait", "close": "close",
-    "retrans": "max_retrans", "unack": "unacknowledged"}
-_ASKING = 'udp dport {port} ct state new ct timeout set "asked"'
 
 _DNAT = "mappings"
 _SNAT = "mapped"
@@ -170,7 +60,9 @@ class NftablesBackend:
         with contextlib.suppress(OSError):
             self._netlink, self._quick = NfTables(), NfTables()
         self._handle = b""
-        self._refused_before = 0
+        # What was counted by tables before this one.
+        self._before = {REFUSED: 0, DROPPED: 0}
+        self._clients: Sequence[Network] = ()
         self._left: list[bytes] | None = None  # the map's elements, all of the usual size
 
     def open(self) -> None:
@@ -203,11 +95,14 @@ class NftablesBackend:
             return False
         with contextlib.suppress(OSError):
             digest = self._netlink.digest(TABLE)
-            for made_for, text in _ways(capacity, terms):
+            for able, text in ways(capacity, terms):
                 if standing.is_remembered(text, digest):
-                    self._made(made_for, terms)
-                    self._refused_before -= self._counted()
-                    return True
+                    self._made(able, terms)
+                    for name in self._before:
+                        self._before[name] -= self._counted(name)
+                    with contextlib.suppress(NatError):
+                        self.admit(terms.clients)
+                        return True
         return False
 
     def whole(self) -> bool:
@@ -224,8 +119,10 @@ class NftablesBackend:
     def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
         """Make our table anew; a table that stood there is replaced in the same transaction."""
         self._left = None
-        self._refused_before += self._counted()
-        self._made(self._make(_ways(capacity, terms), mappings), terms)
+        for name in self._before:
+            self._before[name] += self._counted(name)
+        self._clients = terms.clients
+        self._made(self._make(ways(capacity, terms), mappings), terms)
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
         """Remove, then add elements in one transaction."""
@@ -235,6 +132,11 @@ class NftablesBackend:
         except OSError as error:
             raise NatError(error.strerror) from None
 
+    def admit(self, clients: Sequence[Network]) -> None:
+        """Fill the set of those who may ask."""
+        self._clients = clients
+        self._run(admitted(clients))
+
     def intact(self) -> bool:
         """Whether the table is the one we made."""
         return bool(self._handle) and self._quick is not None and (
@@ -242,13 +144,17 @@ class NftablesBackend:
 
     def refused_flows(self) -> int:
         """What our counter says, and those before it."""
-        return self._refused_before + self._counted()
+        return self._before[REFUSED] + self._counted(REFUSED)
 
-    def _counted(self) -> int:
+    def dropped_requests(self) -> int:
+        """What our counter says, and those before it."""
+        return self._before[DROPPED] + self._counted(DROPPED)
+
+    def _counted(self, name: str) -> int:
         # The table of a server before us has counted for that one.
         if not self._handle or self._netlink is None:
             return 0
-        return self._netlink.counted(TABLE, _COUNTER)
+        return self._netlink.counted(TABLE, name)
 
     def uninstall(self) -> None:
         """Remove our table."""
@@ -258,23 +164,24 @@ class NftablesBackend:
         self._handle = b""
         standing.forget()
 
-    def _make(self, ways: Sequence[tuple[Terms, str]], mappings: Collection[Mapping]) -> Terms:
-        for tried, text in ways[:-1]:
+    def _make(self, ways: Sequence[tuple[Abilities, str]],
+              mappings: Collection[Mapping]) -> Abilities:
+        for able, text in ways[:-1]:
             with contextlib.suppress(NatError):
                 self._make_of(text, mappings)
-                return tried
-        tried, text = ways[-1]
+                return able
+        able, text = ways[-1]
         self._make_of(text, mappings)
-        return tried
+        return able
 
     def _make_of(self, text: str, mappings: Collection[Mapping]) -> None:
         assert self._netlink is not None  # noqa: S101 - opened
         listed = list(mappings)
         if self._table_handle() is not None:  # in one step, which only libnftables can do
-            self._run(text + "".join(_commands(listed)))
+            self._run(text + admitted(self._clients) + "".join(_commands(listed)))
             _give_back_memory()
         else:
-            self._run(text)
+            self._run(text + admitted(self._clients))
             try:
                 for start in range(0, len(listed), _CHUNK):
                     self._netlink.change(TABLE, {}, _elements(listed[start:start + _CHUNK]))
@@ -285,13 +192,16 @@ class NftablesBackend:
         with contextlib.suppress(OSError):
             standing.remember(text, self._netlink.digest(TABLE))
 
-    def _made(self, used: Terms, wanted: Terms) -> None:
+    def _made(self, able: Abilities, terms: Terms) -> None:
         self._handle = self._table_handle() or b""
-        if (used.flows_per_client, used.flows) != (wanted.flows_per_client, wanted.flows):
+        if not able.counts and (terms.flows_per_client or terms.all_flows):
             log.warning("flows are not limited: this kernel does not count them (nft_connlimit)")
-        if used.requests != wanted.requests:
+        if not able.limits and terms.requests_per_client:
+            log.warning("in a flood of requests clients wait: this kernel does not limit how many "
+                        "come (nft_limit)")
+        if not able.timeouts and terms.requests:
             why = ("this kernel has no time-outs of ours (CONFIG_NF_CONNTRACK_TIMEOUT)"
-                   if _names_protocols() else "without /etc/protocols rules with a time-out would "
+                   if names_protocols() else "without /etc/protocols rules with a time-out would "
                    "not load again once saved; install netbase, and start again")
             log.warning("a flood of requests or of forged joins can fill connection tracking: %s; "
                         "or allow few clients, or raise net.netfilter.nf_conntrack_max", why)
@@ -303,68 +213,6 @@ class NftablesBackend:
 
     def _table_handle(self) -> bytes | None:
         return self._netlink.table_handle(TABLE) if self._netlink else None
-
-
-def _names_protocols() -> bool:
-    """Whether nft lists a time-out in a way that it reads again: by the protocol's name."""
-    try:
-        return bool(socket.getprotobyname("udp"))
-    except OSError:
-        return False
-
-
-def _ways(capacity: int, terms: Terms) -> list[tuple[Terms, str]]:
-    """What to try in turn: a kernel without labels, 'ct timeout' or 'ct count' does without."""
-    if not _names_protocols():
-        terms = dataclasses.replace(terms, requests=0)
-    unlimited = dataclasses.replace(terms, flows_per_client=0, flows=0)
-    return [(tried, _ruleset(capacity, tried, labels=labels))
-            for limited in (terms, unlimited)
-            for tried in (limited, dataclasses.replace(limited, requests=0))
-            for labels in (True, False)]
-
-
-def _ruleset(capacity: int, terms: Terms, *, labels: bool) -> str:
-    forward = []
-    if terms.relay == "joins":
-        # Of the answer by its label: the mapping may have made room for another meanwhile.
-        forward += ([f"ct state new tcp flags & syn == syn {_OURS} jump opening",
-                     f"tcp flags & syn == syn ct label {LABEL} jump opening"] if labels else
-                    [f"tcp flags & syn == syn {_OURS} jump opening"])
-    forward.append(f"ct state new {_OURS} goto beginning")
-    if not terms.router:
-        # Errors about a flow (ICMP) bear its label. Without labels they have no ports to go by.
-        forward += ([f"ct label {LABEL} accept"] if labels else
-                    [f"{_OURS} accept", "ct status dnat ct state related accept"])
-        forward.append("drop")
-    beginning = [f"ct label set {LABEL}"] if labels else []
-    if terms.requests:
-        beginning.append('ct timeout set "beginning-flow"')
-    flows = terms.all_flows
-    if terms.flows_per_client:
-        beginning.append(f"add @clients {{ ip saddr ct count over {terms.flows_per_client} }} "
-                         f"{_REFUSE}")
-    if flows >= 2 * _SHARE:
-        shares = min(1 << (flows // _SHARE).bit_length() - 1, _MOST_SHARES)
-        beginning.append(f"add @shares {{ tcp sport & {shares - 1 << 1} "
-                         f"ct count over {flows // shares} }} {_REFUSE}")
-    elif flows:
-        beginning.append(f"ct count over {flows} {_REFUSE}")
-    return _RULESET.format(table=TABLE, size=capacity, most_shares=_MOST_SHARES, mapped=_MAPPED,
-                           join=_JOIN, relayed=_RELAYED[terms.relay],
-                           beginning="\n        ".join(beginning),
-                           timeouts=f"{_ASKED}\n    {_beginning()}" if terms.requests else "",
-                           asking=_ASKING.format(port=terms.requests) if terms.requests else "",
-                           forward="\n        ".join(forward))
-
-
-def _beginning() -> str:
-    seconds = dict.fromkeys(("syn_sent", "syn_recv"), _BEGINNING_SECONDS)
-    for name, setting in _HOSTS_TIMEOUTS.items():
-        found = sysctl.read(f"net/netfilter/nf_conntrack_tcp_timeout_{setting}")
-        if found is not None:
-            seconds[name] = int(found)
-    return _BEGINNING % ", ".join(f"{name} : {each}" for name, each in seconds.items())
 
 
 def _elements(mappings: Collection[Mapping]) -> dict[str, Sequence[Element]]:

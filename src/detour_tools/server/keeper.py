@@ -7,6 +7,7 @@ decision on the table until the kernel has taken it, so that the two never diffe
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -51,6 +52,7 @@ class Keeper:
         self._backend: NatBackend | None = None
         self._last_repair = float("-inf")
         self._refused_flows = 0
+        self._dropped_requests = 0
         self._nat_thread = ThreadPoolExecutor(1, "nat")
         # Apart from the other, so that a long look at the flows holds no request up.
         self._flow_thread = ThreadPoolExecutor(1, "flows")
@@ -200,10 +202,14 @@ class Keeper:
     async def adapt(self, max_mappings: int, terms: Terms) -> None:
         """See that the kernel has room for so many, on these terms. Raises NatError."""
         async with self.lock:
-            other = terms != self._terms
-            self._max_mappings, self._terms = max_mappings, terms
-            if other or max_mappings + _SLACK > self._capacity:
+            assert self._backend is not None  # noqa: S101 - started
+            before, self._terms = self._terms, terms
+            self._max_mappings = max_mappings
+            if (dataclasses.replace(before, clients=terms.clients) != terms
+                    or max_mappings + _SLACK > self._capacity):
                 await self._install()
+            elif before != terms:  # to make very many mappings anew would take long
+                await self._in_nat(self._backend.admit, terms.clients)
 
     async def refused_flows(self) -> int:
         """How many flows the kernel refused, as there were too many."""
@@ -212,6 +218,13 @@ class Keeper:
         with contextlib.suppress(NatError):  # busy
             self._refused_flows = await self._in_nat(self._backend.refused_flows)
         return self._refused_flows
+
+    async def dropped_requests(self) -> int:
+        """How many requests the kernel dropped, as there were too many."""
+        if self._backend is not None:
+            with contextlib.suppress(NatError):
+                self._dropped_requests = await self._in_nat(self._backend.dropped_requests)
+        return self._dropped_requests
 
     async def check(self) -> None:
         """Put our rules back when somebody else has removed them."""

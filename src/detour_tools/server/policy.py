@@ -63,10 +63,10 @@ class Refusal(enum.Enum):
 
 
 # RFC 1918, RFC 4193
-_PRIVATE_CLIENTS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+_PRIVATE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
 # Also what the IANA special-purpose registries call not globally reachable and in private use:
 # shared (RFC 6598), protocol assignments (RFC 6890), benchmarking (RFC 2544).
-_PRIVATE_REMOTES = (*_PRIVATE_CLIENTS, "100.64.0.0/10", "192.0.0.0/24", "198.18.0.0/15")
+_PRIVATE_REMOTES = (*_PRIVATE, "100.64.0.0/10", "192.0.0.0/24", "198.18.0.0/15")
 # A public address that each virtual machine of Azure reaches its host's services by; the other
 # clouds' are link-local or private.
 _PLATFORM = ("168.63.129.16/32",)
@@ -118,7 +118,7 @@ def _networks(texts: Iterable[str]) -> NetworkSet:
     return NetworkSet(ip_network(text) for text in texts)
 
 
-_PRIVATE_CLIENT_SET = _networks(_PRIVATE_CLIENTS)
+_PRIVATE_NETWORKS = tuple(ip_network(text) for text in _PRIVATE)
 _PRIVATE_REMOTE_SET = _networks(_PRIVATE_REMOTES)
 _PLATFORM_SET = _networks(_PLATFORM)
 _NEVER_SETS = [(refusal, _networks(texts)) for refusal, texts in _NEVER]
@@ -144,6 +144,11 @@ class Rules:
     max_per_client: int
     max_mappings: int
     idle_timeout: float
+
+    @property
+    def clients(self) -> tuple[Network, ...]:
+        """Who may ask."""
+        return _PRIVATE_NETWORKS if self.allow_clients is None else self.allow_clients
 
 
 class RateLimiter:
@@ -216,8 +221,7 @@ class Policy:
     def set_rules(self, rules: Rules) -> None:
         """Go by other rules from now on."""
         self.rules = rules
-        self._clients = (_PRIVATE_CLIENT_SET if rules.allow_clients is None
-                         else NetworkSet(rules.allow_clients))
+        self._clients = NetworkSet(rules.clients)
         self._remotes = NetworkSet(rules.allow_remotes)
         self._denied = NetworkSet(rules.deny_remotes)
         self._own = NetworkSet(rules.own_addresses)

@@ -37,7 +37,8 @@ _REQUESTS_A_COMMIT = 256
 # In ten seconds, of each kind: enough to follow a client, and no flood of the journal.
 _GRANTED_LINES = 50
 
-# Malformed ones between two looks (two seconds) that are a flood: no more is learned from them.
+# Malformed or dropped ones between two looks (two seconds) that are a flood: no more is learned
+# from them.
 _FLOOD = 2000
 
 
@@ -96,12 +97,14 @@ class Requests:
         if self._queue:
             self._waiting.set()
 
-    def tend(self) -> list[str]:
+    def tend(self, dropped: int) -> list[str]:
         """Have the kernel drop malformed datagrams in a flood; what there is to warn of.
 
-        To be called every two seconds.
+        To be called every two seconds, with how many the kernel's rules have dropped.
         """
         counters = self.counters
+        too_many = dropped - counters.dropped >= _FLOOD
+        counters.dropped = dropped
         counters.lost = self._receiver.lost()
         useless = counters.malformed + (counters.lost if self._screened else 0)
         flood = useless - self._useless >= _FLOOD
@@ -109,8 +112,10 @@ class Requests:
             self._receiver.screen(on=flood)
             self._screened = flood
         self._useless = counters.malformed + (counters.lost if flood else 0)
-        return ["a flood of malformed datagrams: the kernel drops them unread, and 'lost' counts "
-                "them"] if flood else []
+        return [f"a flood of {what}: the kernel drops {which} unread, and '{counter}' counts them"
+                for on, what, which, counter in (
+                    (flood, "malformed datagrams", "them", "lost"),
+                    (too_many, "requests", "what is too much", "dropped")) if on]
 
     def forget(self) -> None:
         """Drop what was let in by an older policy and still waits: clients ask again."""

@@ -57,7 +57,7 @@ class Server:
                                  lambda: self._settings.allow_client or (), self._warnings)
         self._listening = ListeningPorts()
         self._upkeep = Upkeep(self._keeper, self._policy, self._listening, firewall,
-                              lambda: self._counters().received, self._tend_forwarding)
+                              lambda: self._counters().received, self._tend)
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM. Raises UserError."""
@@ -129,11 +129,12 @@ class Server:
         except NatError as error:
             raise UserError(f"the kernel does not take our rules: {error}") from None
 
-    def _tend_forwarding(self) -> None:
+    async def _tend(self) -> None:
         if self._switch is not None:
             self._warnings.put("forwarding", self._switch.tend(time.monotonic()))
         if self._requests is not None:
-            self._warnings.put("flood", self._requests.tend())
+            self._warnings.put("flood", self._requests.tend(
+                await self._keeper.dropped_requests()))
 
     def _terms(self) -> Terms:
         return self._settings.terms(router=self._router)

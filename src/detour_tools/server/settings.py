@@ -2,6 +2,7 @@
 """The server's settings: names, defaults and bounds; the same in TOML and on the command line."""
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 from detour_tools import mproxy
@@ -9,6 +10,11 @@ from detour_tools.endpoint import Network, parse_endpoint
 from detour_tools.errors import UserError
 from detour_tools.nat.base import Relay, Terms
 from detour_tools.server.policy import Rules
+
+# What the kernel lets in of one client is far beyond what the server answers of it, in a second: no
+# client that keeps to the rate meets it, whatever the network holds back and brings at once.
+_LEAST_IN = 5000
+_IN = 20
 
 # What takes effect on a reload; the rest needs a restart.
 RELOADABLE = ("relay", "router", "allow_client", "allow_remote", "deny_remote", "deny_port",
@@ -86,7 +92,9 @@ class Settings:
         return Terms(relay=self.relay,
                      router={"yes": True, "no": False}.get(self.router, router),
                      flows_per_client=self.max_flows_per_client, flows=self.max_flows,
-                     requests=parse_endpoint(self.listen, mproxy.PORT).port)
+                     requests=parse_endpoint(self.listen, mproxy.PORT).port,
+                     requests_per_client=max(_LEAST_IN, _IN * ceil(self.rate)) if self.rate else 0,
+                     clients=self.rules.clients)
 
 
 def _port_ranges(name: str, texts: tuple[str, ...]) -> tuple[range, ...]:

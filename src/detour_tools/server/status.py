@@ -8,9 +8,14 @@ from typing import Any
 
 @dataclass(slots=True)
 class Counters:
-    """What became of the datagrams, since the start; ``lost`` ones the kernel dropped."""
+    """What became of the datagrams, since the start.
+
+    The kernel dropped the ``dropped`` ones by our rules, and the ``lost`` ones unread or for want
+    of room.
+    """
 
     received: int = 0
+    dropped: int = 0
     lost: int = 0
     malformed: int = 0
     overflowed: int = 0

@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.mapping import Mapping
@@ -56,7 +56,7 @@ class Upkeep:
 
     def __init__(self, keeper: Keeper, policy: Policy, listening: ListeningPorts,
                  firewall: FirewallWatch, received: Callable[[], int],
-                 tend: Callable[[], None]) -> None:
+                 tend: Callable[[], Awaitable[None]]) -> None:
         self.expired = 0
         self._keeper = keeper
         self._policy = policy
@@ -107,7 +107,7 @@ class Upkeep:
         collector = QuietCollector(time.monotonic())
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
-            self._tend()
+            await self._tend()
             if self._see_addresses():
                 await self.remove_forbidden()
             await self._remove_rerouted()
