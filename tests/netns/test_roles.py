@@ -30,7 +30,7 @@ def host(lab: Lab) -> Host:
 
 @pytest.fixture
 def module(host: Host, tmp_path: Path) -> Module:
-    """Run a module of a role: ``module("ip_forward/library/detour_sysctls.py", path=...)``."""
+    """Run a module of a role: ``module("supported/library/detour_sysctls.py", path=...)``."""
     def run(path: str, /, *, check: bool = False, **arguments: object) -> dict[str, Any]:
         library = (_ROLES / path).parent
         done = host.run(
@@ -47,7 +47,7 @@ def module(host: Host, tmp_path: Path) -> Module:
 
 # sysctls
 
-_SYSCTLS = "ip_forward/library/detour_sysctls.py"
+_SYSCTLS = "supported/library/detour_sysctls.py"
 _FORWARD = "net/ipv4/conf/all/send_redirects", "net/ipv4/conf/all/rp_filter"
 
 

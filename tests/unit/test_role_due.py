@@ -2,19 +2,19 @@
 """due: whether a unit runs as its files say, from the times that systemd and they bear."""
 
 import os
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-_PATH = Path(__file__).parents[2] / "roles/detour_common/files/due"
+from tests.unit.role_modules import load
+
 _NOW = int(time.time())
 _STARTED = {"ActiveState": "active", "NeedDaemonReload": "no",
             "ExecMainStartTimestamp": f"@{_NOW - 100}", "StateChangeTimestamp": f"@{_NOW - 90}"}
 
 
-def due(folder: Path, properties: dict[str, str], unit_age: int = 200,
+def due(monkeypatch: pytest.MonkeyPatch, folder: Path, properties: dict[str, str], unit_age: int = 200,
         settings_age: int | None = 200) -> str:
     """What a unit with these properties needs, whose files were written so many seconds ago."""
     (folder / "systemctl").write_text(
@@ -27,11 +27,11 @@ def due(folder: Path, properties: dict[str, str], unit_age: int = 200,
         if age is not None:
             (folder / name).touch()
             os.utime(folder / name, (_NOW - age, _NOW - age))
-            files.append(folder / name)
-    return subprocess.run(
-        ["/bin/sh", "-s", "a.service", *files], input=_PATH.read_text(), text=True, check=True,
-        timeout=30, env={"PATH": f"{folder}:/usr/bin:/bin"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT).stdout.strip()
+            files.append(str(folder / name))
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    unit, settings = [*files, None][:2]
+    return str(load("supported/library/detour_due.py", monkeypatch).needs(
+        "a.service", unit, settings))
 
 
 @pytest.mark.parametrize(("properties", "unit_age", "settings_age", "wanted"), [
@@ -52,13 +52,14 @@ def due(folder: Path, properties: dict[str, str], unit_age: int = 200,
     ({"ExecMainStartTimestamp": f"@{_NOW + 7200}"}, 50, 50, "restart"),
     ({"StateChangeTimestamp": f"@{_NOW + 7200}"}, 200, 50, "reload"),
 ])
-def test_due(tmp_path: Path, properties: dict[str, str], unit_age: int, settings_age: int | None,
-             wanted: str) -> None:
-    assert due(tmp_path, _STARTED | properties, unit_age, settings_age) == wanted
+def test_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, properties: dict[str, str],
+             unit_age: int, settings_age: int | None, wanted: str) -> None:
+    assert due(monkeypatch, tmp_path, _STARTED | properties, unit_age, settings_age) == wanted
 
 
-def test_a_file_of_the_future_is_due_once(tmp_path: Path) -> None:
-    assert due(tmp_path, _STARTED, unit_age=-7200) == "restart"
+def test_a_file_of_the_future_is_due_once(tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    assert due(monkeypatch, tmp_path, _STARTED, unit_age=-7200) == "restart"
     assert (tmp_path / "unit").stat().st_mtime <= time.time()
-    assert due(tmp_path, _STARTED, settings_age=-7200) == "reload"
+    assert due(monkeypatch, tmp_path, _STARTED, settings_age=-7200) == "reload"
     assert (tmp_path / "settings").stat().st_mtime <= time.time()

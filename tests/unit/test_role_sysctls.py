@@ -13,7 +13,7 @@ _FORWARD = {"net.ipv4.ip_forward": "1"}
 
 @pytest.fixture
 def sysctls(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return role_modules.load("ip_forward/library/detour_sysctls.py", monkeypatch)
+    return role_modules.load("supported/library/detour_sysctls.py", monkeypatch)
 
 
 def _later(sysctls: ModuleType, folder: Path, values: dict[str, str] = _FORWARD) -> str:

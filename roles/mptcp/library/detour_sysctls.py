@@ -1,1 +1,0 @@
-../../ip_forward/library/detour_sysctls.py
