@@ -14,8 +14,8 @@ _STARTED = {"ActiveState": "active", "NeedDaemonReload": "no",
             "ExecMainStartTimestamp": f"@{_NOW - 100}", "StateChangeTimestamp": f"@{_NOW - 90}"}
 
 
-def due(monkeypatch: pytest.MonkeyPatch, folder: Path, properties: dict[str, str], unit_age: int = 200,
-        settings_age: int | None = 200) -> str:
+def due(monkeypatch: pytest.MonkeyPatch, folder: Path, properties: dict[str, str],
+        unit_age: int = 200, settings_age: int | None = 200) -> str:
     """What a unit with these properties needs, whose files were written so many seconds ago."""
     (folder / "systemctl").write_text(
         "#!/bin/sh\ncase \"$*\" in\n" + "".join(
