@@ -25,6 +25,19 @@ def test_a_play_says_itself_what_it_needs(path: Path, play: dict[str, Any]) -> N
     assert play["gather_facts"] is ("gather_subset" in play)
 
 
+@pytest.mark.parametrize(("path", "play"), PLAYS, ids=lambda each: getattr(each, "name", ""))
+def test_what_is_refused_is_refused_before_anything_changes(path: Path,
+                                                            play: dict[str, Any]) -> None:
+    refusing = [role for role in play.get("roles", ())
+                if (ROOT / "roles" / role / "tasks/preflight.yml").exists()]
+    asked = [(each["ansible.builtin.import_role"]["name"],
+              each["ansible.builtin.import_role"]["tasks_from"])
+             for each in play.get("pre_tasks", ())]
+    # A play's only role refuses by itself before it changes anything.
+    assert asked == ([(role, "preflight.yml") for role in refusing]
+                     if len(play.get("roles", ())) > 1 else [])
+
+
 @pytest.mark.parametrize(("setting", "value"), [
     ("ANSIBLE_GATHERING", "explicit"), ("ANSIBLE_STRATEGY", "free"), ("", "")])
 def test_preflight_elsewhere(tmp_path: Path, setting: str, value: str) -> None:
