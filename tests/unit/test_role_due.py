@@ -63,3 +63,19 @@ def test_a_file_of_the_future_is_due_once(tmp_path: Path,
     assert (tmp_path / "unit").stat().st_mtime <= time.time()
     assert due(monkeypatch, tmp_path, _STARTED, settings_age=-7200) == "reload"
     assert (tmp_path / "settings").stat().st_mtime <= time.time()
+
+
+def test_what_is_kept_has_its_mode_and_time(tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("supported/library/detour_due.py", monkeypatch)
+    path = tmp_path / "server.toml"
+    path.write_text("rate = 1.0\n", encoding="utf-8")
+    path.chmod(0o640)
+    os.utime(path, (_NOW - 500, _NOW - 500))
+    for _ in range(2):
+        module.keep(str(tmp_path / "kept/server"), [str(path)])
+    found = tmp_path / "kept/server/server.toml"
+    assert [found] == list(found.parent.iterdir())
+    assert found.read_text(encoding="utf-8") == "rate = 1.0\n"
+    assert (found.stat().st_mode, int(found.stat().st_mtime)) == (path.stat().st_mode, _NOW - 500)
+    assert found.parent.stat().st_mode & 0o777 == 0o700

@@ -8,6 +8,7 @@ That goes by the host, not by what this run of Ansible changed: one before it ma
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 
@@ -30,6 +31,9 @@ options:
     required: true
   reloads:
     description: The file that it must have been started or reloaded after.
+    type: path
+  keep:
+    description: A folder that gets both files if the unit runs as they say; root's.
     type: path
 author: [detour-tools]
 """
@@ -82,6 +86,17 @@ def needs(unit: str, restarts: str, reloads: str | None) -> str:
     return ""
 
 
+def keep(folder: str, files: list[str]) -> None:
+    """Copy the files into the folder, whole or not at all, with their owners and times."""
+    os.makedirs(folder, 0o700, exist_ok=True)
+    for path in files:
+        copy = os.path.join(folder, os.path.basename(path))
+        shutil.copy2(path, copy + ".new")
+        found = os.stat(path)
+        os.chown(copy + ".new", found.st_uid, found.st_gid)
+        os.replace(copy + ".new", copy)
+
+
 def main() -> None:
     """Run as a module of Ansible."""
     module = AnsibleModule(
@@ -89,14 +104,17 @@ def main() -> None:
             "unit": {"type": "str", "required": True},
             "restarts": {"type": "path", "required": True},
             "reloads": {"type": "path"},
+            "keep": {"type": "path"},
         },
         supports_check_mode=True)
     given = module.params
     if module.check_mode:
         module.exit_json(changed=False, needs="")
     try:
-        module.exit_json(changed=False,
-                         needs=needs(given["unit"], given["restarts"], given["reloads"]))
+        found = needs(given["unit"], given["restarts"], given["reloads"])
+        if given["keep"] and not found:
+            keep(given["keep"], [each for each in (given["restarts"], given["reloads"]) if each])
+        module.exit_json(changed=False, needs=found)
     except (OSError, subprocess.CalledProcessError) as error:
         module.fail_json(msg=f"cannot tell what {given['unit']} needs: {error}")
 
