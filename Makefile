@@ -12,7 +12,7 @@ SCENARIO :=
 PROGRAMS := scripts/calls scripts/check-setup scripts/role-docs scripts/wheels molecule/default/files/new_run molecule/default/files/transfer \
 	roles/detour_common/files/install.py roles/monitoring/files/detour-capture \
 	roles/mptcp_kernel/files/look roles/bridge/library/detour_bridges.py \
-	roles/supported/library/detour_due.py roles/supported/library/detour_sysctls.py roles/supported/filter_plugins/detour_variables.py \
+	roles/supported/library/detour_close.py roles/supported/library/detour_due.py roles/supported/library/detour_sysctls.py roles/supported/filter_plugins/detour_variables.py \
 	roles/mptcp/filter_plugins/detour_mptcp.py
 KERNEL_SCRIPTS := kernel/build kernel/check kernel/export kernel/import kernel/selftests
 # Also for root by 'su', and for a user: some programs of ours are where only root's PATH leads.

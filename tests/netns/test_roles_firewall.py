@@ -33,10 +33,11 @@ _DROPS = """table inet filter {
     chain forward { type filter hook forward priority filter; policy drop; }
 }"""
 _TASKS = {
-    "detour_server": ["Open the firewall for the clients", "See that they can ask"],
-    "ip_forward": ["See that role detour_common ran before", "Open the forward chains that drop "
-                   "mapped flows", "See that mapped flows pass"],
-    "remove": ["Close the firewall", "See that it is closed"],
+    ("detour_server", "configure"): ["Open the firewall for the clients", "See that they can ask"],
+    ("ip_forward", "configure"): ["See that role detour_common ran before", "Open the forward "
+                                  "chains that drop mapped flows", "See that mapped flows pass"],
+    ("detour_server", "remove"): ["Close the firewall"],
+    ("ip_forward", "close"): ["Take away what is open without it"],
 }
 
 
@@ -69,16 +70,14 @@ def _tasks(role: str, file: str, names: list[str]) -> list[dict[str, Any]]:
         return [one for task in tasks for one in (flat(task["block"]) if "block" in task
                                                   else [task])]
     text = (_ROOT / "roles" / role / "tasks" / file).read_text(encoding="utf-8")
-    text = text.replace("role_path ~ '/..", f"'{_ROOT}/roles")
     found = [task for task in flat(yaml.safe_load(text)) if task["name"] in names]
     assert [task["name"] for task in found] == names
     return found
 
 
-def _play(host: Host, memory: Path, which: str, *options: str, **variables: object
-          ) -> tuple[bool, int, str]:
+def _play(host: Host, memory: Path, role: str, *options: str, file: str = "configure",
+          **variables: object) -> tuple[bool, int, str]:
     """Whether it did well, how many tasks changed something, and what it said."""
-    role, file = ("detour_server", "remove.yml") if which == "remove" else (which, "configure.yml")
     given = {}
     for each in ("defaults", "vars"):
         path = _ROOT / "roles" / role / each / "main.yml"
@@ -86,11 +85,12 @@ def _play(host: Host, memory: Path, which: str, *options: str, **variables: obje
     play = memory.parent / "play.yml"
     play.write_text(json.dumps([{
         "hosts": "localhost", "connection": "local", "gather_facts": False,
-        "tasks": _tasks(role, file, _TASKS[which]),
+        "tasks": _tasks(role, f"{file}.yml", _TASKS[role, file]),
         "vars": {**given, "detour_common_release": "r1", **variables}}]), encoding="utf-8")
     done = host.run(
         ["unshare", "--mount", "sh", "-c", _SANDBOX, "sh", memory, "env", "LC_ALL=C.UTF-8",
-         f"HOME={memory.parent}", f"PATH={_BIN}:{os.environ['PATH']}", "ansible-playbook", play,
+         f"HOME={memory.parent}", f"PATH={_BIN}:{os.environ['PATH']}",
+         f"ANSIBLE_LIBRARY={_ROOT}/roles/supported/library", "ansible-playbook", play,
          *options], check=False)
     said = " ".join((done.stdout + done.stderr).split())
     changed = re.search(r"changed=(\d+)", said)
@@ -139,18 +139,18 @@ def test_all_goes_with_the_role(host: Host, memory: Path) -> None:
     _play(host, memory, "detour_server", detour_server_allow_client=["192.0.2.1"])
     assert _listed(host) != before
     opened = _listed(host)
-    assert _play(host, memory, "remove", "--check")[:2] == (True, 1)
+    assert _play(host, memory, "detour_server", "--check", file="remove")[:2] == (True, 1)
     assert _listed(host) == opened
-    assert _play(host, memory, "remove")[:2] == (True, 1)
+    assert _play(host, memory, "detour_server", file="remove")[:2] == (True, 1)
     assert _listed(host) == before
     assert [path for path in (memory / "etc").rglob("*") if path.is_file()] == []
-    assert _play(host, memory, "remove")[:2] == (True, 0)
+    assert _play(host, memory, "detour_server", file="remove")[:2] == (True, 0)
 
 
 def test_without_a_program_to_close_it_is_said(host: Host, memory: Path) -> None:
     _play(host, memory, "detour_server", detour_server_allow_client=["192.0.2.1"])
     shutil.rmtree(memory / "opt/detour-tools")
-    well, _, said = _play(host, memory, "remove")
+    well, _, said = _play(host, memory, "detour_server", file="remove")
     assert not well
     assert "deploy it again, then remove" in said
 
@@ -161,6 +161,21 @@ def test_mapped_flows_pass(host: Host, memory: Path) -> None:
     assert _play(host, memory, "ip_forward")[:2] == (True, 1)
     assert "ct label 97 accept" in _listed(host)
     assert _play(host, memory, "ip_forward")[:2] == (True, 0)
+
+
+def test_what_a_run_opened_that_was_cut_off_goes_with_the_role(host: Host, memory: Path) -> None:
+    """It had written no unit yet."""
+    before = _listed(host)
+    _play(host, memory, "ip_forward")
+    opened = _listed(host)
+    assert opened != before
+    assert _play(host, memory, "ip_forward", "--check", file="close")[:2] == (True, 1)
+    assert _listed(host) == opened
+    assert _play(host, memory, "ip_forward", file="close")[:2] == (True, 1)
+    assert _listed(host) == before
+    assert _play(host, memory, "ip_forward", file="close")[:2] == (True, 0)
+    shutil.rmtree(memory / "opt/detour-tools")
+    assert _play(host, memory, "ip_forward", file="close")[:2] == (True, 0)
 
 
 @pytest.mark.parametrize("which", ["detour_server", "ip_forward"])
