@@ -14,7 +14,7 @@ from detour_tools.endpoint import Endpoint, parse_endpoint
 from detour_tools.mapping import Mapping
 from detour_tools.server import ports
 from detour_tools.server.ports import PortPool
-from detour_tools.server.table import Decision, MappingTable, NoFreePortError, Outcome
+from detour_tools.server.table import Decision, MappingTable, NoFreePortError, Outcome, Rank
 
 ALICE = IPv4Address("10.0.1.1")
 BOB = IPv4Address("10.0.1.2")
@@ -174,6 +174,23 @@ def test_a_flow_proves_a_mapping():
     table.remove(second)
     table.remove(first)
     assert list(table.unused_since(9.0, 9.0)) == [third]
+
+
+def test_how_well_a_client_is_known():
+    table = new_table()
+    assert table.rank(ALICE) is Rank.STRANGER
+    first, second = (request(table, ALICE, Endpoint(WEB.address, port), 0, float(port),
+                             nothing).entry for port in (1, 2))
+    assert table.rank(ALICE) is Rank.KNOWN
+    for _ in range(2):
+        table.prove(second, 3.0)
+    assert (table.rank(ALICE), table.rank(BOB)) == (Rank.PROVEN, Rank.STRANGER)
+    table.remove(first)
+    assert table.rank(ALICE) is Rank.PROVEN
+    table.remove(second)
+    assert table.rank(ALICE) is Rank.STRANGER
+    table.insert(second.mapping, 4.0)
+    assert table.rank(ALICE) is Rank.KNOWN
 
 
 def test_who_has_a_port():

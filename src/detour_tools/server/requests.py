@@ -26,7 +26,7 @@ from detour_tools.server.listening import ListeningPorts
 from detour_tools.server.policy import Policy, Refusal
 from detour_tools.server.receiver import Receiver, Sender
 from detour_tools.server.status import Counters
-from detour_tools.server.table import Decision, Entry, Outcome
+from detour_tools.server.table import Decision, Entry, Outcome, Rank
 from detour_tools.server.waiting import Waiting
 
 log = logging.getLogger(__name__)
@@ -136,10 +136,10 @@ class Requests:
     def _take(self, data: bytes, sender: Sender, now: float) -> None:
         counters = self.counters
         counters.received += 1
-        known = self._keeper.table.count(sender.address) > 0
+        rank = self._keeper.table.rank(sender.address)
         # What waits in the kernel meanwhile gets old, and may be of clients that are known.
-        if (self._behind and not known and not self._standing and self._queue.crowded
-                and v1.is_request(data)):
+        if (rank is Rank.STRANGER and self._behind and not self._standing
+                and self._queue.crowded and v1.is_request(data)):
             self._overflowed()
             return
         try:
@@ -161,7 +161,7 @@ class Requests:
         standing = self._standing and self._standing(sender.address, message.remote)
         if standing:
             self._answer(request, Outcome.EXISTING, standing)
-        elif not self._queue.put(sender.address, request, known=known):
+        elif not self._queue.put(sender.address, request, rank):
             self._overflowed()
 
     def _overflowed(self) -> None:

@@ -34,6 +34,17 @@ class Outcome(enum.Enum):
     MOVED = "moved"
 
 
+class Rank(enum.Enum):
+    """How well the table knows a client: it has no mapping, it has some, a flow went through one.
+
+    A forger makes up addresses with more ease than he learns of theirs, and has no flow.
+    """
+
+    STRANGER = 0
+    KNOWN = 1
+    PROVEN = 2
+
+
 class Decision(NamedTuple):
     """The answer to a request."""
 
@@ -61,6 +72,7 @@ _serial = attrgetter("serial")
 @dataclass(slots=True)
 class _Client:
     ports: dict[int, Entry] = field(default_factory=dict)
+    proven: int = 0
     free: PortPool = field(default_factory=PortPool)
     # Made when the dynamic ports are used up, which hardly ever is.
     others: PortPool | None = None
@@ -109,6 +121,13 @@ class MappingTable:
         """How many mappings the client has."""
         found = self._clients.get(client)
         return len(found.ports) if found else 0
+
+    def rank(self, client: IPAddress) -> Rank:
+        """How well the client is known."""
+        found = self._clients.get(client)
+        if found is None:
+            return Rank.STRANGER
+        return Rank.PROVEN if found.proven else Rank.KNOWN
 
     def find(self, client: IPAddress, remote: Endpoint) -> Entry | None:
         """The client's mapping to the remote."""
@@ -167,11 +186,12 @@ class MappingTable:
         """Forget a mapping that is in the table."""
         client, port, _ = entry.mapping
         del self._by_remote[pair(entry.key)]
+        state = self._clients[client]
         if entry.proven:
             del self._proven[entry.serial]
+            state.proven -= 1
         else:
             self.unproven.remove(entry)
-        state = self._clients[client]
         del state.ports[port]
         state.put_back(port)
         if not state.ports:
@@ -194,6 +214,7 @@ class MappingTable:
                 return
             self.unproven.remove(entry)
             entry.proven = True
+            self._clients[entry.mapping.client].proven += 1
             self._proven[serial] = entry
         entry.last_used = now
         self._proven.move_to_end(serial)

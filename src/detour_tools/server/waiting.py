@@ -2,8 +2,7 @@
 """Where requests wait; pure.
 
 More may come than can be served, most of them forged. Clients take turns, so that who asks much
-keeps nobody else waiting, and those that hold mappings come first: a forger makes up addresses
-with more ease than he learns of theirs.
+keeps nobody else waiting, and those that are better known come first.
 """
 
 from collections import OrderedDict, deque
@@ -12,14 +11,16 @@ from itertools import islice
 from typing import Generic, TypeVar
 
 from detour_tools.endpoint import IPAddress
+from detour_tools.server.table import Rank
 
 Item = TypeVar("Item")
 
 _KNOWN = 4096
 # Those of strangers wait for some tenths of a second: later answers come to nobody.
 _STRANGERS = 1024
-# One in so many of those served is a stranger's, however many others wait.
-_SHARE = 4
+# Of four that are served one is a stranger's, and one of those that have no flow yet, however many
+# others wait.
+_TURNS = (Rank.PROVEN, Rank.KNOWN, Rank.PROVEN, Rank.STRANGER)
 
 
 class _Line(Generic[Item]):
@@ -79,38 +80,39 @@ class Waiting(Generic[Item]):
     """Requests that wait, by client."""
 
     def __init__(self, known: int = _KNOWN, strangers: int = _STRANGERS) -> None:
-        """With room for so many requests of clients that hold mappings, and of others."""
-        self._known: _Line[Item] = _Line(known)
-        self._strangers: _Line[Item] = _Line(strangers)
+        """With room for so many requests of clients that hold mappings, twice, and of others."""
+        # In the order of whose turn it is if it is not another's.
+        self._lines: dict[Rank, _Line[Item]] = {
+            Rank.PROVEN: _Line(known), Rank.KNOWN: _Line(known), Rank.STRANGER: _Line(strangers)}
 
     def __len__(self) -> int:
-        return len(self._known) + len(self._strangers)
+        return sum(map(len, self._lines.values()))
 
     @property
     def crowded(self) -> bool:
         """Whether one more of a stranger costs another one its place."""
-        return self._strangers.full
+        return self._lines[Rank.STRANGER].full
 
-    def put(self, client: IPAddress, item: Item, *, known: bool) -> bool:
+    def put(self, client: IPAddress, item: Item, rank: Rank) -> bool:
         """Add a request; False when one is lost, as there are too many."""
-        return (self._known if known else self._strangers).put(client, item)
+        return self._lines[rank].put(client, item)
 
     def take(self, at_most: int) -> list[Item]:
         """The next ones, removed."""
         taken: list[Item] = []
         while len(taken) < at_most and len(self):
-            turn = len(taken) % _SHARE == _SHARE - 1
-            first, other = ((self._strangers, self._known) if turn else
-                            (self._known, self._strangers))
-            taken.append((first if len(first) else other).take())
+            line = self._lines[_TURNS[len(taken) % len(_TURNS)]]
+            if not len(line):
+                line = next(other for other in self._lines.values() if len(other))
+            taken.append(line.take())
         return taken
 
     def counts(self, at_most: int) -> Iterator[tuple[IPAddress, int]]:
         """How many wait of each client that the next ``at_most`` may be of; some come twice."""
-        for line in (self._known, self._strangers):
+        for line in self._lines.values():
             yield from islice(line.counts(), at_most)
 
     def clear(self) -> None:
         """Forget all."""
-        self._known.clear()
-        self._strangers.clear()
+        for line in self._lines.values():
+            line.clear()
