@@ -37,7 +37,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ("ip_forward_xyz_quite_another", ["ip_forward_xyz_quite_another"]),
     ("bridge_bridge", ["bridge_bridge (is bridge_bridges meant?)"]),
     # Others' variables, and what our roles note for themselves.
-    ("monitoring_server", []), ("bridge_ports", []), ("ansible_host", []), ("detour", []),
+    ("capture_server", []), ("bridge_ports", []), ("ansible_host", []), ("detour", []),
     ("detour_address", []), ("detour_common_release", []), ("ip_forward_opened", []),
     ("mptcp_kernel_reboot_required", []), ("detour_server_port", []),
 ])

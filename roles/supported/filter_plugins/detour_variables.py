@@ -21,7 +21,7 @@ ROLES = Path(__file__).resolve().parents[2]
 # All names that begin so are ours ...
 _OURS = ("detour_", "ip_forward_", "mptcp_")
 # ... and of these only what is nearly one of ours: other roles' variables may begin so, too.
-_SHARED = ("bridge_", "monitoring_", "supported_")
+_SHARED = ("bridge_", "capture_", "supported_")
 
 # Of no role: how others reach a host (see inventories/example).
 _OF_NO_ROLE = ("detour_address",)
