@@ -10,7 +10,7 @@ UTF8 := LC_ALL=C.UTF-8
 SCENARIO :=
 # Python programs outside src and tests, which the checkers do not find by themselves.
 PROGRAMS := scripts/calls scripts/check-setup scripts/role-docs scripts/wheels molecule/default/files/new_run molecule/default/files/transfer \
-	roles/detour_common/files/install.py roles/monitoring/files/detour-capture \
+	roles/detour_common/files/install.py roles/capture/files/detour-capture \
 	roles/mptcp_kernel/files/look roles/bridge/library/detour_bridges.py \
 	roles/supported/library/detour_close.py roles/supported/library/detour_due.py roles/supported/library/detour_sysctls.py roles/supported/filter_plugins/detour_variables.py \
 	roles/mptcp/filter_plugins/detour_mptcp.py

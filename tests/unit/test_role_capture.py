@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-_PATH = Path(__file__).parents[2] / "roles/monitoring/files/detour-capture"
+_PATH = Path(__file__).parents[2] / "roles/capture/files/detour-capture"
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from tests.unit import role_modules
 ROOT = Path(__file__).parents[2]
 _THIS_HOST: dict[str, object] = {"ansible_connection": "local",
                                  "ansible_python_interpreter": "/usr/bin/python3"}
+_CONTRADICTION = ("monitoring_state is the old name of capture_state, and both are set, to "
+                  "different values: keep capture_state")
 _PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
 
 
@@ -36,8 +38,13 @@ def program(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ("mptcp_kernel_reboot", ["mptcp_kernel_reboot (is mptcp_kernel_reboot_ok meant?)"]),
     ("ip_forward_xyz_quite_another", ["ip_forward_xyz_quite_another"]),
     ("bridge_bridge", ["bridge_bridge (is bridge_bridges meant?)"]),
+    ("monitoring_authorised_keys",
+     ["monitoring_authorised_keys (is capture_authorized_keys meant?)"]),
+    # Old names.
+    ("monitoring_authorized_keys", []), ("monitoring_state", []),
     # Others' variables, and what our roles note for themselves.
-    ("monitoring_server", []), ("bridge_ports", []), ("ansible_host", []), ("detour", []),
+    ("monitoring_server", []), ("capture_output", []), ("bridge_ports", []), ("ansible_host", []),
+    ("detour", []),
     ("detour_address", []), ("detour_common_release", []), ("ip_forward_opened", []),
     ("mptcp_kernel_reboot_required", []), ("detour_server_port", []),
 ])
@@ -71,6 +78,30 @@ def test_what_a_variable_is_made_of_is_looked_at_unless_that_is_a_look_up(
         "detour_client_include is '10.0.0.0/8', and is to be a list: [10.0.0.0/8]"]
     assert program.unlisted({"detour_client_include": "{{ lookup('pipe', 'slow') }}"}, values) == []
     assert program.unlisted(made, {}) == [], "not known yet"
+
+
+def test_old_names_and_those_of_now(program: ModuleType) -> None:
+    assert program.renamed(("capture_state", "monitoring_server"), ("capture", "all")) == []
+    assert ", ".join(program.renamed(("monitoring_state", "capture_state"), ("monitoring",))) == (
+        "monitoring_state (use capture_state), tag monitoring (use capture)")
+    assert program.both(("monitoring_state", "capture_authorized_keys")) == []
+    assert tuple(program.both(("monitoring_state", "capture_state", "detour_address"))) == (
+        "monitoring_state", "capture_state")
+
+
+@pytest.mark.parametrize(("values", "wrong"), [
+    ({"monitoring_state": "absent"}, False), ({"capture_state": "absent"}, False),
+    ({"monitoring_state": "absent", "capture_state": "absent"}, False),
+    ({"monitoring_state": "absent", "capture_state": "present"}, True)])
+def test_both_names_and_different_values(program: ModuleType, values: dict[str, str],
+                                         wrong: bool) -> None:
+    assert program.contradicting(values) == [_CONTRADICTION] * wrong
+
+
+def test_a_text_for_a_list_by_its_old_name(program: ModuleType) -> None:
+    values = {"monitoring_authorized_keys": "ssh-ed25519 AAAA"}
+    assert program.unlisted(values, values) == [
+        "monitoring_authorized_keys is 'ssh-ed25519 AAAA', and is to be a list: [ssh-ed25519 AAAA]"]
 
 
 def test_groups_that_are_nearly_ours(program: ModuleType) -> None:
@@ -259,3 +290,72 @@ def test_a_detour_that_clients_cannot_ask_is_told_before_anything_changes(
     if missing is not None:
         assert f"one finds no IPv4 address of {missing}, and would ask no detour there; set " \
                "detour_address of the host" in said
+
+
+_KEYS = ["ssh-ed25519 AAAA old"], ["ssh-ed25519 AAAA new"]
+_OLD_NAMES = "These names are old, and still hold: "
+
+
+def _capture(folder: Path, *arguments: str, play: dict[str, object] | None = None,
+             **variables: object) -> str:
+    """What ansible-playbook says of role capture's preflight, and of what its variables are."""
+    show = {"debug": {"msg": "It is {{ capture_state }}: {{ capture_authorized_keys | join }}."},
+            "tags": ["always"]}
+    (folder / "own.yml").write_text(json.dumps([{
+        "hosts": "one", "gather_facts": False, "vars": play or {}, "roles": ["capture"],
+        "post_tasks": [show]}]))
+    return _play(folder, folder / "own.yml", *(arguments or ("--tags=preflight",)), **variables)
+
+
+@pytest.mark.parametrize(("variables", "state", "keys", "old"), [
+    ({}, "present", "", None),
+    ({"capture_state": "absent", "capture_authorized_keys": _KEYS[1]}, "absent", _KEYS[1][0], None),
+    ({"monitoring_state": "absent"}, "absent", "", "monitoring_state (use capture_state)"),
+    ({"monitoring_authorized_keys": _KEYS[0]}, "present", _KEYS[0][0],
+     "monitoring_authorized_keys (use capture_authorized_keys)"),
+    ({"monitoring_state": "absent", "capture_state": "absent"}, "absent", "",
+     "monitoring_state (use capture_state)"),
+])
+def test_an_old_name_holds_where_the_new_one_is_not_set(
+        tmp_path: Path, variables: dict[str, object], state: str, keys: str,
+        old: str | None) -> None:
+    said = _capture(tmp_path, **variables)
+    assert f"It is {state}: {keys}." in said, said
+    assert said.count(_OLD_NAMES) == (old is not None)
+    assert old is None or f"{_OLD_NAMES}{old}." in said
+
+
+@pytest.mark.parametrize("by_play", [False, True])
+def test_two_values_by_the_two_names_are_refused(tmp_path: Path, by_play: bool) -> None:
+    new: dict[str, object] = {"capture_state": "absent"}
+    said = (_capture(tmp_path, play=new, monitoring_state="present") if by_play
+            else _capture(tmp_path, monitoring_state="present", **new))
+    assert f"Variables of one are wrong: {_CONTRADICTION}." in said
+    assert "It is" not in said
+
+
+def test_two_values_by_the_two_names_are_refused_before_anything_changes(tmp_path: Path) -> None:
+    said = _play(tmp_path, "site.yml", monitoring_state="present", capture_state="absent")
+    assert f"Variables of one are wrong: {_CONTRADICTION}." in said
+    assert "Detours translate" not in said
+
+
+def test_the_old_tag_selects_what_the_new_one_does(tmp_path: Path) -> None:
+    listed = {tag: re.findall(r"capture : [^\[]*", _play(
+        tmp_path, "site.yml", f"--tags={tag}", "--list-tasks"))
+        for tag in ("capture", "monitoring")}
+    assert len(listed["capture"]) > 3
+    assert listed["monitoring"] == listed["capture"]
+    said = _capture(tmp_path, "--tags=monitoring", "--skip-tags=install,configure")
+    assert f"{_OLD_NAMES}tag monitoring (use capture)." in said
+
+
+@pytest.mark.parametrize("limit", [(), ("--limit=one",)])
+def test_all_is_taken_away_whatever_an_old_name_says(
+        tmp_path: Path, limit: tuple[str, ...]) -> None:
+    said = _play(tmp_path, "playbooks/uninstall.yml", "--tags=capture", *limit,
+                 monitoring_state="present", ansible_become=False)
+    assert "capture : Remove the command" in said
+    assert "failed=0" in said
+    assert "failed=1" not in said
+    assert said.count(f"{_OLD_NAMES}monitoring_state (use capture_state).") == 1

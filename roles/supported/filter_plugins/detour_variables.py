@@ -3,6 +3,8 @@
 
 detour_misspelt: which of the names none of our roles knows. detour_unlisted: which values are no
 list, or dictionary, and are to be. detour_near: which groups' names are nearly ours.
+detour_renamed: which names are old. detour_both, detour_contradicting: what an old name and the new
+one are both set to.
 detour_addresses, detour_endpoints: where others reach hosts, and where clients ask detours.
 """
 
@@ -21,7 +23,12 @@ ROLES = Path(__file__).resolve().parents[2]
 # All names that begin so are ours ...
 _OURS = ("detour_", "ip_forward_", "mptcp_")
 # ... and of these only what is nearly one of ours: other roles' variables may begin so, too.
-_SHARED = ("bridge_", "monitoring_", "supported_")
+_SHARED = ("bridge_", "capture_", "monitoring_", "supported_")
+
+# Old names, which hold where the new ones are not set: see the roles' defaults, and their tags.
+_RENAMED = {"monitoring_authorized_keys": "capture_authorized_keys",
+            "monitoring_state": "capture_state"}
+_RENAMED_TAGS = {"monitoring": "capture"}
 
 # Of no role: how others reach a host (see inventories/example).
 _OF_NO_ROLE = ("detour_address",)
@@ -36,22 +43,50 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
         return {"detour_misspelt": misspelt, "detour_unlisted": unlisted, "detour_near": near,
+                "detour_renamed": renamed, "detour_both": both,
+                "detour_contradicting": contradicting,
                 "detour_addresses": addresses, "detour_endpoints": endpoints}
 
 
 def misspelt(names: Iterable[str]) -> list[str]:
     """What is wrong with each name that is none of our roles', with the nearest one that is."""
     options, internal = known()
+    mine = [*options, *_RENAMED]
     found = []
     for name in sorted(set(map(str, names))):
-        if not name.startswith(_OURS + _SHARED) or name in options or name in internal:
+        if not name.startswith(_OURS + _SHARED) or name in mine or name in internal:
             continue
         nearest = difflib.get_close_matches(
-            name, options, 1, 0.6 if name.startswith(_OURS) else 0.85)
+            name, mine, 1, 0.6 if name.startswith(_OURS) else 0.85)
         if nearest:
-            found.append(f"no role knows {name} (is {nearest[0]} meant?)")
+            meant = _RENAMED.get(nearest[0], nearest[0])
+            found.append(f"no role knows {name} (is {meant} meant?)")
         elif name.startswith(_OURS):
             found.append(f"no role knows {name}")
+    return found
+
+
+def renamed(names: Iterable[str], tags: Iterable[str] = ()) -> list[str]:
+    """Each old name among those of variables and tags, with the one to use instead."""
+    return [*(f"{name} (use {_RENAMED[name]})" for name in sorted(_RENAMED.keys() & set(names))),
+            *(f"tag {tag} (use {_RENAMED_TAGS[tag]})"
+              for tag in sorted(_RENAMED_TAGS.keys() & set(tags)))]
+
+
+def both(names: Iterable[str]) -> list[str]:
+    """Of these names the old ones that stand beside their new ones, and those."""
+    given = set(map(str, names))
+    return [name for pair in _RENAMED.items() if given.issuperset(pair) for name in pair]
+
+
+def contradicting(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with each variable that is set by its old name, too, and to another value."""
+    found = []
+    for old, new in _RENAMED.items():
+        with contextlib.suppress(Exception):  # made of what is not known yet
+            if old in values and new in values and values[old] != values[new]:
+                found.append(f"{old} is the old name of {new}, and both are set, to different "
+                             f"values: keep {new}")
     return found
 
 
@@ -117,8 +152,9 @@ def _options() -> dict[str, dict[str, Any]]:
 
 
 def _kinds() -> dict[str, str]:
-    return {name: option["type"] for name, option in _options().items()
-            if option.get("type") in ("list", "dict")}
+    kinds = {name: option["type"] for name, option in _options().items()
+             if option.get("type") in ("list", "dict")}
+    return kinds | {old: kinds[new] for old, new in _RENAMED.items() if new in kinds}
 
 
 @functools.lru_cache(1)
