@@ -177,17 +177,17 @@ def test_files_are_known_by_their_bridges(
         tmp_path: Path) -> None:
     wanted = [_UPLINK | {"address": ["10.0.0.2/24"]}, _VMS]
     expected = {"br0": {"ens3"}, "br-vm": set()}
-    assert bridges.bridges_of(networkd(*wanted)) == expected
+    assert bridges.Networkd().bridges_of(networkd(*wanted)) == expected
     made = [bridges.Bridge(each) for each in wanted]
-    assert bridges.bridges_of(bridges.NetworkManager().files(made)) == expected
+    assert bridges.NetworkManager().bridges_of(bridges.NetworkManager().files(made)) == expected
     hosts = tmp_path / "interfaces"
     hosts.write_text("source /etc/network/interfaces.d/*\n")
     monkeypatch.setattr(bridges.Ifupdown, "_hosts", classmethod(lambda cls: [hosts]))
-    assert bridges.bridges_of(bridges.Ifupdown().files(made)) == expected
+    assert bridges.Ifupdown().bridges_of(bridges.Ifupdown().files(made)) == expected
     # A unit that is another is that bridge's, too.
     files = bridges.DhcpByDnsmasq.files(made)
-    assert bridges.bridges_of({path: each for path, each in files.items()
-                               if path.endswith(".service")}) == {"br-vm": set()}
+    assert bridges.Ifupdown().bridges_of({path: each for path, each in files.items()
+                                          if path.endswith(".service")}) == {"br-vm": set()}
 
 
 def test_networkd_gets_what_the_uplink_had(bridges: ModuleType, networkd: _Files) -> None:

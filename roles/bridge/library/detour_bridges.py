@@ -229,6 +229,8 @@ class Manager(ABC):
 
     name = ""
     patterns: tuple[str, ...] = ()
+    # Those of patterns that say nothing of who made the bridges: other managers have them, too.
+    shared: tuple[str, ...] = ()
 
     def ours(self) -> Files:
         """The files of ours that are there."""
@@ -238,7 +240,7 @@ class Manager(ABC):
     def made(self) -> bool:
         """Whether bridges were made by it."""
         return any(text for path, (text, _) in self.ours().items()
-                   if not any(fnmatch.fnmatchcase(path, each) for each in DhcpByDnsmasq.patterns))
+                   if not any(fnmatch.fnmatchcase(path, each) for each in self.shared))
 
     def check_source(self, bridge: Bridge, path: str) -> None:
         """Refuse to take over from a file of ours; raises BridgeError."""
@@ -254,6 +256,22 @@ class Manager(ABC):
     def states(self, bridges: list[Bridge]) -> tuple[Files, Files]:
         """The files that are there, and those that are to be; raises BridgeError."""
         return self.ours(), self.files(bridges)
+
+    def bridges_of(self, files: Files) -> dict[str, set[str]]:
+        """The bridges that files are for, and which of the host's interfaces are ports of each."""
+        found: dict[str, set[str]] = {}
+        for path in files:
+            match = re.search(
+                r"/(?:05-detour-|detour-bridge-dhcp-|detour-|bridge-)([A-Za-z0-9_.-]+?)"
+                r"(?:-port-(.*))?\.(?:netdev|link|network|nmconnection|dnsmasq|service)$", path)
+            if match:
+                found.setdefault(match[1], set()).update([match[2]] if match[2] else [])
+        return found
+
+    def anew(self, different: Files, known: set[str]) -> set[str]:
+        """Those of the known bridges that files which differ make anew."""
+        del known
+        return set(self.bridges_of(different))
 
     @abstractmethod
     def down(self, bridges: set[str], ports: set[str]) -> list[str]:
@@ -350,6 +368,12 @@ class Networkd(Manager):
             # By its MAC address, which is that of the port: the server may know that one.
             lines += ["", "[DHCPv4]", "ClientIdentifier=mac"]
         return "\n".join(lines) + "\n"
+
+    def anew(self, different: Files, known: set[str]) -> set[str]:
+        """Those of the known bridges that files which differ make anew."""
+        # With another .network it changes the bridge that is there; all else needs a new one.
+        return super().anew({path: each for path, each in different.items()
+                             if "-port-" in path or not path.endswith(".network")}, known)
 
     def down(self, bridges: set[str], ports: set[str]) -> list[str]:
         """Nothing: networkd works on what it has read."""
@@ -461,7 +485,8 @@ class Ifupdown(Manager):
 
     name = "ifupdown"
     own = "/etc/network/interfaces.d/detour-bridges"
-    patterns = (own, *DhcpByDnsmasq.patterns)
+    shared = DhcpByDnsmasq.patterns
+    patterns = (own, *shared)
 
     def ours(self) -> Files:
         """The files of ours, and those in which stanzas are commented out."""
@@ -554,6 +579,21 @@ class Ifupdown(Manager):
                       f"    up ip link set {name} up"]
         return "\n".join(lines) + "\n"
 
+    def bridges_of(self, files: Files) -> dict[str, set[str]]:
+        """The bridges that files are for, and which of the host's interfaces are ports of each."""
+        found = super().bridges_of(files)
+        text, _ = files.get(self.own, ("", 0))
+        for name in re.findall(r"^auto (\S+)$", text, re.MULTILINE):
+            found[name] = set(re.findall(
+                rf"^    pre-up ip link set (\S+) master {re.escape(name)} up$", text,
+                re.MULTILINE))
+        return found
+
+    def anew(self, different: Files, known: set[str]) -> set[str]:
+        """All, as they are in one file."""
+        del different
+        return known
+
     def down(self, bridges: set[str], ports: set[str]) -> list[str]:
         """Take the old ones down by their old stanzas."""
         return DhcpByDnsmasq.down(bridges) + [
@@ -599,8 +639,8 @@ class NetworkManager(Manager):
     """NetworkManager: profiles that are preferred to the host's own."""
 
     name = "networkmanager"
-    patterns = ("/etc/NetworkManager/system-connections/detour-*.nmconnection",
-                *DhcpByDnsmasq.patterns)
+    shared = DhcpByDnsmasq.patterns
+    patterns = ("/etc/NetworkManager/system-connections/detour-*.nmconnection", *shared)
     _from = "# taken over from "
 
     def files(self, bridges: list[Bridge]) -> Files:
@@ -773,37 +813,16 @@ class QemuAcl:
                 QEMU_ACL.parent.rmdir()
 
 
-def bridges_of(files: Files) -> dict[str, set[str]]:
-    """The bridges that files are for, and which of the host's interfaces are ports of each."""
-    found: dict[str, set[str]] = {}
-    for path, (text, _) in files.items():
-        match = re.search(
-            r"/(?:05-detour-|detour-bridge-dhcp-|detour-|bridge-)([A-Za-z0-9_.-]+?)(?:-port-(.*))?"
-            r"\.(?:netdev|link|network|nmconnection|dnsmasq|service)$", path)
-        if match:
-            found.setdefault(match[1], set()).update([match[2]] if match[2] else [])
-        elif path == Ifupdown.own:
-            for name in re.findall(r"^auto (\S+)$", text, re.MULTILINE):
-                found[name] = set(re.findall(
-                    rf"^    pre-up ip link set (\S+) master {re.escape(name)} up$", text,
-                    re.MULTILINE))
-    return found
-
-
 def script(manager: Manager, befores: tuple[Files, ...], after: Files, undone: set[str],
            source: str, marker: str) -> str:
     """A shell script that goes from any of some sets of files to one that is kept in a folder."""
     different = {path: each for before in befores
                  for path, each in before.items() ^ after.items()}
-    known = [bridges_of(each) for each in (*befores, after)]
+    known = [manager.bridges_of(each) for each in (*befores, after)]
     names = {name for each in known for name in each}
     there = known[-1].keys()
-    # With another .network networkd changes the bridge that is there; all else needs a new one.
-    anew = undone | bridges_of({path: each for path, each in different.items()
-                                if "-port-" in path or not path.endswith(".network")}).keys()
-    if isinstance(manager, Ifupdown):  # all in one file
-        anew = names
-    changed = bridges_of(different).keys() - anew
+    anew = undone | manager.anew(different, names)
+    changed = manager.bridges_of(different).keys() - anew
     ports = {port for each in known for name in anew for port in each.get(name, ())}
     # Noted in a file: the other script may have to attach them.
     lines = ["#!/bin/sh", *(f"ls {SYS}/{name}/brif 2>/dev/null >>{WORK}/carried-{name}"
