@@ -40,7 +40,8 @@ test: venv ## run the unit tests and the tests on network namespaces
 lint: venv ## ruff, mypy --strict, ansible-lint, yamllint; roles' documents and defaults
 	@$(BIN)/ruff check src tests kernel $(KERNEL_SCRIPTS) roles $(PROGRAMS)
 	@$(BIN)/mypy
-	@$(BIN)/mypy --no-error-summary --scripts-are-modules -- $(PROGRAMS)
+	@MYPYPATH=tests/typing $(BIN)/mypy --no-error-summary --scripts-are-modules -- $(PROGRAMS)
+	@MYPYPATH=tests/typing $(BIN)/mypy -p ansible.module_utils.detour_bridging
 	@MYPYPATH=kernel $(BIN)/mypy -p detour_kernel
 	@$(BIN)/python scripts/role-docs --check
 	@$(BIN)/yamllint --strict .

@@ -9,7 +9,8 @@ import pytest
 ROLES = Path(__file__).parents[2] / "roles"
 # In templates, and in modules' texts; a drop-in is for others' units.
 SOURCES = sorted(path for path in [*ROLES.glob("*/templates/*.service.j2"),
-                                   *ROLES.glob("*/files/*"), *ROLES.glob("*/library/*.py")]
+                                   *ROLES.glob("*/files/*"), *ROLES.glob("*/library/*.py"),
+                                   *ROLES.glob("*/module_utils/*/*.py")]
                  if "[Service]" in path.read_text(encoding="utf-8"))
 
 
@@ -24,7 +25,7 @@ def test_units_are_bounded(path: Path) -> None:
 
 
 def test_what_changes_the_network_is_bounded() -> None:
-    text = (ROLES / "bridge/library/detour_bridges.py").read_text(encoding="utf-8")
+    text = (ROLES / "bridge/module_utils/detour_bridging/way_back.py").read_text(encoding="utf-8")
     assert 'LIMITS = ("MemoryMax=1G", "TasksMax=512")' in text
     assert len(re.findall(r"for each in LIMITS", text)) == 2
 
