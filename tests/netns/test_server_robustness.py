@@ -74,7 +74,7 @@ def test_a_million_bad_datagrams(lab, start_server, start, backend):
     found = asking.status(detour)
     requests = found["requests"]
     assert set(kernel_mappings(detour, backend)) == served
-    assert found["mappings"] == len(served) > 10
+    assert found["mappings"] == len(served) > 3  # each takes up to a second on a busy machine
     assert requests["malformed"] + requests["lost"] > requests["received"] / 4
     assert requests["malformed"] < requests["lost"], "they are dropped unread"
     assert requests["refused"] > requests["received"] / 4
