@@ -39,6 +39,23 @@ def test_a_chain_that_begins_to_drop_is_said(lab, start_server, backend, what):
     assert asking.status(detour)["warnings"] == []
 
 
+def test_what_was_opened_and_is_gone_once_rules_are_loaded_by_hand_is_said(lab, start_server):
+    """Who loads his own rule set again has no reason to think of ours in it."""
+    detour = lab.host("detour")
+    admins = ("table inet fw\ndelete table inet fw\n"
+              "table inet fw { chain late { type filter hook forward priority 0; policy drop; }; }")
+    detour.run(["nft", "-f", "-"], input=admins)
+    detour.run(["detour-server", "firewall", "open", "flows"])
+    server = start_server(detour, *PRIVATE)
+    assert asking.status(detour)["warnings"] == []
+    detour.run(["nft", "-f", "-"], input=admins)
+    words = "chain inet fw late has policy drop: detoured packets"
+    server.wait_line(words, timeout=30)
+    assert said(detour, words)
+    detour.run(["detour-server", "firewall", "open", "flows"])
+    server.wait_line("no longer so: .*" + words, timeout=30)
+
+
 def test_a_latin_1_comment_hides_no_rule(lab, start_server, tmp_path):
     detour = lab.host("detour")
     rules = tmp_path / "rules"
