@@ -130,10 +130,10 @@ def test_a_flood_at_full_speed_keeps_no_client_out_that_uses_its_mappings(
     assert any("flood of requests" in text for text in asking.status(detour)["warnings"])
 
 
-@pytest.mark.parametrize("network", ["10.200.0.1/32", "11.0.0.0/8"])
+@pytest.mark.parametrize("network", ["10.200.0.1/32", "10.200.0.0/31", "11.0.0.0/8"])
 def test_a_flood_at_full_speed_is_not_read(lab, start_server, start, network):
-    """Of one address, or of some that are not allowed: beyond a little. And those who come for the
-    first time are served meanwhile.
+    """Of one or two addresses, or of some that are not allowed: beyond a little. And those who come
+    for the first time are served meanwhile.
     """
     detour = lab.host("detour")
     server = start_server(detour)
@@ -163,6 +163,32 @@ def test_a_kernel_that_limits_no_requests(lab, start):
     assert "limit rate" not in table
     assert "ct count over 2000" in table
     assert "ct timeout set" in table
+
+
+def test_who_uses_the_detour_is_known_to_the_next_table(lab, start_server, tmp_path):
+    """At a reload that makes one, and when a server comes that wants another."""
+    detour = lab.host("detour")
+    config = tmp_path / "server.toml"
+
+    def regulars() -> list[object]:
+        found = json.loads(detour.run(
+            ["nft", "-j", "list", "set", "ip", "detour-tools", "regulars"]).stdout)
+        return [each["elem"]["val"] for each in found["nftables"][1]["set"].get("elem", ())]
+
+    config.write_text("max-flows = 1000\n")
+    server = start_server(detour, "--config", config)
+    detour.run(["nft", "add", "element", "ip", "detour-tools", "regulars",
+                "{ 10.0.1.1, 10.0.1.2 timeout 1h }"])
+    first = handle(detour)
+    config.write_text("max-flows = 2000\n")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_line("reloaded")
+    assert handle(detour) != first
+    assert sorted(regulars()) == ["10.0.1.1", "10.0.1.2"]
+    server.process.kill()
+    server.process.wait()
+    start_server(detour, "--relay", "tcp")
+    assert sorted(regulars()) == ["10.0.1.1", "10.0.1.2"]
 
 
 def test_who_may_ask_is_told_the_kernel(lab, start_server, tmp_path, asker):

@@ -54,6 +54,29 @@ def test_on_a_reload(lab: Lab, detour: Host, serve: Serve, asker: Asker, tmp_pat
 
 
 @pytest.mark.parametrize("backend", ["nftables"])
+def test_the_count_goes_never_back(lab: Lab, detour: Host, serve: Serve, asker: Asker):
+    """Nor below nothing, when the next server's table is removed that has counted for this one."""
+    client = lab.host("client")
+
+    def refused() -> int:
+        assert asking.refuses(client, detour.address, 80)
+        return int(asking.status(detour)["refused_flows"])
+
+    server = serve("--max-flows-per-client", 1)
+    asker.ask("10.0.3.2:80", 80)
+    flow = Flow(client, detour.address, 80)
+    assert (refused(), refused()) == (1, 2)
+    server.kill()
+    server = serve("--max-flows-per-client", 1)
+    assert asking.status(detour)["refused_flows"] == 0
+    assert refused() == 1
+    detour.run(["nft", "flush", "ruleset"])
+    server.wait_line("made them anew")
+    assert asking.status(detour)["refused_flows"] == 1
+    assert flow.echo()
+
+
+@pytest.mark.parametrize("backend", ["nftables"])
 @pytest.mark.parametrize("most", [10, 300, 2000])
 def test_in_all(lab: Lab, detour: Host, serve: Serve, asker: Asker, most: int):
     """Never more, and not much less: they are counted in shares."""

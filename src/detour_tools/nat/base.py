@@ -22,8 +22,7 @@ FORWARD = "DETOUR-FORWARD"
 LABEL = 97
 
 
-# A server that serves them from one core of two has time for the others as well.
-_STRANGERS = 10_000
+_LEAST_STRANGERS = 1000
 _TRACKED = Path("/proc/sys/net/netfilter/nf_conntrack_max")
 
 Relay = Literal["joins", "tcp"]
@@ -47,7 +46,7 @@ class Terms:
 
     ``requests_per_client``: so many requests a second the kernel lets in of one address, and but a
     few of others than ``clients``; 0: all. Of addresses whose joins no remote has answered yet it
-    lets ``requests_of_strangers`` in, together.
+    lets ``requests_of_strangers`` in, together, and ``requests_of_stranger`` of one.
     """
 
     relay: Relay = "joins"
@@ -61,15 +60,24 @@ class Terms:
     @property
     def all_flows(self) -> int:
         """``flows``, or what it means now."""
-        return _tracked() * 3 // 4 if self.flows is None else self.flows
+        return tracked() * 3 // 4 if self.flows is None else self.flows
 
     @property
     def requests_of_strangers(self) -> int:
-        """So many a second. In two they fill an eighth of what the kernel tracks at most."""
-        return max(min(_tracked() // 16, _STRANGERS), self.requests_per_client)
+        """So many a second that a server serves them from a part of one processor.
+
+        In two seconds they fill an eighth of what the kernel tracks, at most.
+        """
+        return max(_LEAST_STRANGERS, min(2 * self.requests_per_client,
+                                         tracked() // 16 or 2 * self.requests_per_client))
+
+    @property
+    def requests_of_stranger(self) -> int:
+        """A fifth of that, so that few of them do not use it up; but more than a client may ask."""
+        return max(self.requests_of_strangers // 5, self.requests_per_client // 10)
 
 
-def _tracked() -> int:
+def tracked() -> int:
     """How many flows the kernel tracks at most; 0: none yet."""
     try:
         return int(_TRACKED.read_text(encoding="ascii"))

@@ -18,7 +18,15 @@ from detour_tools.errors import UserError
 from detour_tools.mapping import Mapping
 from detour_tools.nat import standing
 from detour_tools.nat.base import TABLE, NatError, Terms
-from detour_tools.nat.ruleset import DROPPED, REFUSED, Abilities, admitted, names_protocols, ways
+from detour_tools.nat.ruleset import (
+    DROPPED,
+    REFUSED,
+    REGULARS,
+    Abilities,
+    admitted,
+    names_protocols,
+    ways,
+)
 from detour_tools.netlink.nf_tables import Element, NfTables
 
 log = logging.getLogger(__name__)
@@ -60,8 +68,9 @@ class NftablesBackend:
         with contextlib.suppress(OSError):
             self._netlink, self._quick = NfTables(), NfTables()
         self._handle = b""
-        # What was counted by tables before this one.
+        # What was counted by tables before this one, and by this one when it was looked at last.
         self._before = {REFUSED: 0, DROPPED: 0}
+        self._seen = dict(self._before)
         self._clients: Sequence[Network] = ()
         self._left: list[bytes] | None = None  # the map's elements, all of the usual size
 
@@ -119,10 +128,16 @@ class NftablesBackend:
     def install(self, mappings: Collection[Mapping], capacity: int, terms: Terms) -> None:
         """Make our table anew; a table that stood there is replaced in the same transaction."""
         self._left = None
-        for name in self._before:
-            self._before[name] += self._counted(name)
+        seen = {name: self._counted(name) for name in self._before}
+        regulars = self._regulars()
         self._clients = terms.clients
         self._made(self._make(ways(capacity, terms), mappings), terms)
+        for name, count in seen.items():
+            self._before[name] += count
+            self._seen[name] = 0
+        if self._netlink is not None:
+            with contextlib.suppress(OSError):  # they are strangers then, until the next join
+                self._netlink.change(TABLE, {}, {REGULARS: regulars})
 
     def commit(self, add: Sequence[Mapping], remove: Sequence[Mapping]) -> None:
         """Remove, then add elements in one transaction."""
@@ -151,10 +166,19 @@ class NftablesBackend:
         return self._before[DROPPED] + self._counted(DROPPED)
 
     def _counted(self, name: str) -> int:
-        # The table of a server before us has counted for that one.
-        if not self._handle or self._netlink is None:
-            return 0
-        return self._netlink.counted(TABLE, name)
+        # A table that is not the one we made has counted for others.
+        if self._handle and self._netlink is not None and self._table_handle() == self._handle:
+            with contextlib.suppress(OSError):  # the next look tells
+                self._seen[name] = self._netlink.counted(TABLE, name)
+        return self._seen[name]
+
+    def _regulars(self) -> list[Element]:
+        """Clients that the table knows which stands now, whoever made it."""
+        try:
+            return [(key, b"") for key in self._netlink.elements(TABLE, REGULARS)
+                    ] if self._netlink is not None else []
+        except OSError:
+            return []
 
     def uninstall(self) -> None:
         """Remove our table."""

@@ -11,10 +11,13 @@ from detour_tools import sysctl
 from detour_tools.endpoint import Network
 from detour_tools.nat.base import LABEL, TABLE, Terms
 
-# The table's counters, and the set of those who may ask.
+# The table's counters, the set of those who may ask, and of those whom remotes have answered.
 REFUSED = "refused-flows"
 DROPPED = "dropped-requests"
 ALLOWED = "allowed"
+REGULARS = "regulars"
+# Clients that come and go within a day, however few mappings there may be.
+_LEAST_REGULARS = 65535
 
 # Ours come just before the host's own NAT (-100 and 100), so that a mapping that was answered
 # means what the answer said. Only flows that are ours match, everything else passes on.
@@ -72,13 +75,13 @@ table ip {table} {{
     }}
     set regulars {{
         type ipv4_addr
-        size {size}
+        size {regulars}
         flags dynamic, timeout
         timeout 1d
     }}
     set asking-regulars {{
         type ipv4_addr
-        size {size}
+        size {regulars}
         flags dynamic, timeout
         timeout 2s
     }}
@@ -152,7 +155,6 @@ _REFUSE = f"counter name {REFUSED} reject with tcp reset"
 
 # What who is not allowed asks is told in the server's log: of a flood, so many a second will do.
 _UNWANTED = 1000
-# So many wait for the server (server/receiver.py).
 _BURST = 5000
 _DROP = f"counter name {DROPPED} drop"
 _OVER = "limit rate over {0}/second burst {1} packets"
@@ -168,7 +170,7 @@ _HOSTS_TIMEOUTS = {
     "last_ack": "last_ack", "time_wait": "time_wait", "close": "close",
     "retrans": "max_retrans", "unack": "unacknowledged"}
 _FORGET = 'udp dport {} ct state new ct timeout set "asked"'
-_ANSWERED = "ct direction reply update @regulars { ip daddr }"
+_ANSWERED = f"ct direction reply update @{REGULARS} {{ ip daddr }}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,12 +222,13 @@ def _table(capacity: int, terms: Terms, able: Abilities) -> str:
         beginning += _counting(terms)
     return _TABLE.format(
         table=TABLE, size=capacity, most_shares=_MOST_SHARES, mapped=_MAPPED, join=_JOIN,
-        relayed=_RELAYED[terms.relay],
+        relayed=_RELAYED[terms.relay], regulars=max(capacity, _LEAST_REGULARS),
         timeouts=f"{_ASKED}\n    {_beginning()}" if timeouts else "",
         asking=_lines([*([f"udp dport {terms.requests} jump requests"] if limits else []),
                        *([_FORGET.format(terms.requests)] if timeouts else [])]),
         requests=_lines(_limiting(terms) if limits else []),
-        regular_requests=_lines([_of_each("asking-regulars", terms)] if limits else []),
+        regular_requests=_lines(
+            [_of_each("asking-regulars", terms.requests_per_client)] if limits else []),
         answered=_ANSWERED if limits else "",
         forward=_lines(_forward(terms, able)), beginning=_lines(beginning))
 
@@ -268,14 +271,15 @@ def _counting(terms: Terms) -> list[str]:
 
 
 def _limiting(terms: Terms) -> list[str]:
-    return ["ip saddr @regulars goto regular-requests",
-            f"ip saddr != @{ALLOWED} {_OVER.format(_UNWANTED, _UNWANTED)} {_DROP}",
-            _of_each("askers", terms),
-            f"{_OVER.format(terms.requests_of_strangers, _BURST)} {_DROP}"]
+    strangers = terms.requests_of_strangers
+    return [f"ip saddr != @{ALLOWED} {_OVER.format(_UNWANTED, _UNWANTED)} {_DROP}",
+            f"ip saddr @{REGULARS} goto regular-requests",
+            _of_each("askers", terms.requests_of_stranger),
+            # No more at once than wait for the server (server/receiver.py).
+            f"{_OVER.format(strangers, min(strangers // 2, _BURST))} {_DROP}"]
 
 
-def _of_each(counted_in: str, terms: Terms) -> str:
-    most = terms.requests_per_client
+def _of_each(counted_in: str, most: int) -> str:
     return f"update @{counted_in} {{ ip saddr {_OVER.format(most, most)} }} {_DROP}"
 
 

@@ -82,13 +82,10 @@ class NfTables(NetlinkSocket):
         return codec.attributes(answers[0].payload[4:]).get(_NFTA_TABLE_HANDLE, b"")
 
     def counted(self, table: str, name: str) -> int:
-        """The packets that a named counter of an IPv4 table has counted; 0 without such."""
+        """The packets that a named counter of an IPv4 table has counted. Raises OSError."""
         request = (_NFGENMSG_IPV4 + _text(_TABLE, table) + _text(_NFTA_OBJ_NAME, name)
                    + codec.attribute(_NFTA_OBJ_TYPE, _NFT_OBJECT_COUNTER))
-        try:
-            answers = self.request(_GETOBJ, request)
-        except OSError:
-            return 0
+        answers = self.request(_GETOBJ, request)
         data = codec.attributes(answers[0].payload[4:])[_NFTA_OBJ_DATA]
         return int.from_bytes(codec.attributes(data)[_NFTA_COUNTER_PACKETS], "big")
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from detour_tools.endpoint import Endpoint, IPAddress
 from detour_tools.mapping import Mapping, flow_key, of_flow_key, pair
-from detour_tools.nat.base import NatBackend, NatError, Terms
+from detour_tools.nat.base import NatBackend, NatError, Terms, tracked
 from detour_tools.nat.choose import Left, choose
 from detour_tools.nat.choose import others as choose_others
 from detour_tools.netlink.conntrack import Conntrack
@@ -205,11 +205,15 @@ class Keeper:
             assert self._backend is not None  # noqa: S101 - started
             before, self._terms = self._terms, terms
             self._max_mappings = max_mappings
-            if (dataclasses.replace(before, clients=terms.clients) != terms
-                    or max_mappings + _SLACK > self._capacity):
-                await self._install()
-            elif before != terms:  # to make very many mappings anew would take long
-                await self._in_nat(self._backend.admit, terms.clients)
+            try:
+                if (dataclasses.replace(before, clients=terms.clients) != terms
+                        or max_mappings + _SLACK > self._capacity):
+                    await self._install()
+                elif before != terms:  # to make very many mappings anew would take long
+                    await self._in_nat(self._backend.admit, terms.clients)
+            except NatError:
+                self._terms = before  # the next reload tries again
+                raise
 
     async def refused_flows(self) -> int:
         """How many flows the kernel refused, as there were too many."""
@@ -266,8 +270,8 @@ class Keeper:
         self._capacity = self._room_for(len(self.table))
         limit: int | None = None
         # Twice where the kernel tracked nothing before, and so told no limit.
-        while limit != self._terms.all_flows:
-            limit = self._terms.all_flows
+        while limit != tracked():
+            limit = tracked()
             await self._in_nat(self._backend.install, list(self.table.mappings()),
                                self._capacity, self._terms)
 

@@ -12,7 +12,8 @@ from detour_tools.nat.base import Relay, Terms
 from detour_tools.server.policy import Rules
 
 # What the kernel lets in of one client is far beyond what the server answers of it, in a second: no
-# client that keeps to the rate meets it, whatever the network holds back and brings at once.
+# client that keeps to the rate meets it, whatever the network holds back and brings at once. Of one
+# that is new it is a tenth at least (nat/base.py).
 _LEAST_IN = 5000
 _IN = 20
 
