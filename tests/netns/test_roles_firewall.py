@@ -37,7 +37,7 @@ _TASKS = {
     ("ip_forward", "configure"): ["See that role detour_common ran before", "Open the forward "
                                   "chains that drop mapped flows", "See that mapped flows pass"],
     ("detour_server", "remove"): ["Close the firewall"],
-    ("ip_forward", "close"): ["Take away what is open without it"],
+    ("ip_forward", "remove"): ["Take away what is open without it"],
 }
 
 
@@ -155,6 +155,19 @@ def test_without_a_program_to_close_it_is_said(host: Host, memory: Path) -> None
     assert "deploy it again, then remove" in said
 
 
+def test_another_release_closes_it_where_that_in_use_does_not_run(host: Host, memory: Path
+                                                                  ) -> None:
+    """As after an upgrade of the host, whose Python is another then."""
+    before = _listed(host)
+    _play(host, memory, "detour_server", detour_server_allow_client=["192.0.2.1"])
+    broken = memory / "opt/detour-tools/current/bin/detour-server"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("#!/bin/sh\necho no module named detour_tools >&2\nexit 1\n", "ascii")
+    broken.chmod(0o755)
+    assert _play(host, memory, "detour_server", file="remove")[:2] == (True, 1)
+    assert _listed(host) == before
+
+
 def test_mapped_flows_pass(host: Host, memory: Path) -> None:
     assert _play(host, memory, "ip_forward", "--check")[:2] == (True, 1)
     assert "ct label" not in _listed(host)
@@ -169,13 +182,13 @@ def test_what_a_run_opened_that_was_cut_off_goes_with_the_role(host: Host, memor
     _play(host, memory, "ip_forward")
     opened = _listed(host)
     assert opened != before
-    assert _play(host, memory, "ip_forward", "--check", file="close")[:2] == (True, 1)
+    assert _play(host, memory, "ip_forward", "--check", file="remove")[:2] == (True, 1)
     assert _listed(host) == opened
-    assert _play(host, memory, "ip_forward", file="close")[:2] == (True, 1)
+    assert _play(host, memory, "ip_forward", file="remove")[:2] == (True, 1)
     assert _listed(host) == before
-    assert _play(host, memory, "ip_forward", file="close")[:2] == (True, 0)
+    assert _play(host, memory, "ip_forward", file="remove")[:2] == (True, 0)
     shutil.rmtree(memory / "opt/detour-tools")
-    assert _play(host, memory, "ip_forward", file="close")[:2] == (True, 0)
+    assert _play(host, memory, "ip_forward", file="remove")[:2] == (True, 0)
 
 
 @pytest.mark.parametrize("which", ["detour_server", "ip_forward"])

@@ -65,6 +65,16 @@ def test_a_file_of_the_future_is_due_once(tmp_path: Path,
     assert (tmp_path / "settings").stat().st_mtime <= time.time()
 
 
+def test_a_file_that_somebody_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    due(monkeypatch, tmp_path, _STARTED)
+    module = load("supported/library/detour_due.py", monkeypatch)
+    unit, settings = str(tmp_path / "unit"), str(tmp_path / "settings")
+    assert module.needs("a.service", unit, settings) == ""
+    for gone in (settings, unit):
+        Path(gone).unlink()
+        assert module.needs("a.service", unit, settings) == "restart"
+
+
 def test_what_is_kept_has_its_mode_and_time(tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     module = load("supported/library/detour_due.py", monkeypatch)

@@ -23,6 +23,8 @@ from pathlib import Path
 
 ROOT = Path("/opt/detour-tools")
 UNITS = Path("/etc/systemd/system")
+# What the roles keep of units that ran, to go back to.
+KEPT = Path("/var/lib/detour-tools")
 MARK = ".complete"
 # So long a release may be there before another run, which installs another one, removes it.
 UNUSED_SECONDS = 3600
@@ -102,9 +104,9 @@ def recent(path: Path) -> bool:
 
 
 def in_use() -> set[str]:
-    """The release that the commands lead to, and those that units run."""
+    """The release that the commands lead to, and those that units run or go back to."""
     found = {os.path.basename(os.path.realpath(ROOT / "current"))}
-    for unit in UNITS.glob("detour-*.service"):
+    for unit in (*UNITS.glob("detour-*.service"), *KEPT.glob("*/detour-*.service")):
         found.update(re.findall(rf"{ROOT}/([^/\s]+)/", unit.read_text(encoding="utf-8")))
     return found
 

@@ -65,13 +65,16 @@ def main() -> None:
             module.exit_json(changed=False, removed=[])
         module.fail_json(msg=f"no detour-server is there to close what {NOTED} says that one "
                          "opened: deploy it again, then remove")
-    command = [str(programs()[0]), "firewall", "close", what, "--json"]
-    status, output, error = module.run_command(
-        command + (["--dry-run"] if module.check_mode else []))
-    if status:
-        module.fail_json(msg=error.strip() or f"'{' '.join(command)}' ended with {status}")
-    found = json.loads(output)
-    module.exit_json(changed=found["changed"], removed=found["removed"])
+    said = ""
+    for program in programs():
+        command = [str(program), "firewall", "close", what, "--json"]
+        status, output, error = module.run_command(
+            command + (["--dry-run"] if module.check_mode else []))
+        if not status:
+            found = json.loads(output)
+            module.exit_json(changed=found["changed"], removed=found["removed"])
+        said = said or error.strip() or f"'{' '.join(command)}' ended with {status}"
+    module.fail_json(msg=said)
 
 
 if __name__ == "__main__":

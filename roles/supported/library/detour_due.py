@@ -76,6 +76,8 @@ def needs(unit: str, restarts: str, reloads: str | None) -> str:
     """What the unit needs to run as its files say."""
     if show(unit, "ActiveState") != "active":
         return "start"
+    if not all(map(os.path.exists, (restarts, reloads or restarts))):
+        return "restart"
     # Without a main process, as of a SysV script, there is no such time.
     started = show(unit, "ExecMainStartTimestamp") or show(unit, "ActiveEnterTimestamp")
     if show(unit, "NeedDaemonReload") == "yes" or is_before(started, restarts):
