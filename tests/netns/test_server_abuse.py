@@ -149,20 +149,24 @@ def test_a_flood_at_full_speed_is_not_read(lab, start_server, start, network):
     server.wait_line("no longer so: a flood of requests")
 
 
-def test_a_kernel_that_limits_no_requests(lab, start):
+@pytest.mark.parametrize(("lacking", "said", "gone", "stays"), [
+    ("_ASKED = 'ct timeout asked { protocol 300; }'", "CONFIG_NF_CONNTRACK_TIMEOUT", "ct timeout",
+     ("ct count over 2000", "ct label set")),
+    ("_OVER = 'limit nothing over {0} {1}'", "this kernel does not limit how many come",
+     "limit rate", ("ct count over 2000", "ct timeout set"))])
+def test_a_kernel_that_lacks_something(lab, start, lacking, said, gone, stays):
     """Said, and all else is as ever."""
     detour = lab.host("detour")
     code = ("from detour_tools.nat import ruleset\n"
-            "ruleset._OVER = 'limit nothing over {0} {1}'\n"
+            f"ruleset.{lacking}\n"
             "from detour_tools.cli.server import main; main()")
     server = start(detour, [sys.executable, "-c", code])
-    server.wait_line("this kernel does not limit how many come")
+    server.wait_line(said)
     server.wait_line("serving")
     assert Asker(lab.host("client"), detour.address).ask("45.0.0.1:443", 443) == 443
     table = detour.run(["nft", "list", "table", "ip", "detour-tools"]).stdout
-    assert "limit rate" not in table
-    assert "ct count over 2000" in table
-    assert "ct timeout set" in table
+    assert gone not in table
+    assert all(each in table for each in stays)
 
 
 def test_who_uses_the_detour_is_known_to_the_next_table(lab, start_server, tmp_path):

@@ -4,7 +4,6 @@
 import itertools
 import re
 import socket
-import sys
 
 from detour_tools.lab import namespaces
 from detour_tools.lab.network import Host
@@ -60,19 +59,3 @@ def test_flows_that_nobody_answers_are_soon_forgotten(lab, start_server):
         beginning.connect_ex((str(detour.address), 80))
         asking.in_time("it begins", ("SYN_SENT" in flows(detour) for _ in itertools.count()))
         assert flows(detour)["SYN_SENT"] <= 10
-
-
-def test_a_kernel_without_time_outs_of_ours(lab, start):
-    """Said, and all else is as ever."""
-    detour = lab.host("detour")
-    code = ("from detour_tools.nat import ruleset\n"
-            "ruleset._ASKED = 'ct timeout asked { protocol 300; }'\n"
-            "from detour_tools.cli.server import main; main()")
-    server = start(detour, [sys.executable, "-c", code])
-    server.wait_line("CONFIG_NF_CONNTRACK_TIMEOUT")
-    server.wait_line("serving")
-    assert Asker(lab.host("client"), detour.address).ask("45.0.0.1:443", 443) == 443
-    table = detour.run(["nft", "list", "table", "ip", "detour-tools"]).stdout
-    assert "ct timeout" not in table
-    assert "ct count over 2000" in table
-    assert "ct label set" in table

@@ -145,10 +145,7 @@ class NatBackend(Protocol):
         """
 
     def dropped_requests(self) -> int:
-        """How many datagrams to the port of requests the rules have dropped, since the start.
-
-        Raises NatError.
-        """
+        """How many datagrams to the port of requests the rules have dropped, since the start."""
 
     def uninstall(self) -> None:
         """Remove all that is ours; fine when there is nothing. Raises NatError."""

@@ -11,11 +11,11 @@ from detour_tools import sysctl
 from detour_tools.endpoint import Network
 from detour_tools.nat.base import LABEL, TABLE, Terms
 
-# The table's counters, the set of those who may ask, and of those whom remotes have answered.
+# The table's counters, the set of those whom remotes have answered, and of those who may ask.
 REFUSED = "refused-flows"
 DROPPED = "dropped-requests"
-ALLOWED = "allowed"
 REGULARS = "regulars"
+_ALLOWED = "allowed"
 # Clients that come and go within a day, however few mappings there may be.
 _LEAST_REGULARS = 65535
 
@@ -208,8 +208,8 @@ def admitted(clients: Iterable[Network]) -> str:
     """The commands that let these clients ask, and no others."""
     listed = ", ".join(map(str, collapse_addresses(
         each for each in clients if isinstance(each, IPv4Network))))
-    return f"flush set ip {TABLE} {ALLOWED}\n" + (
-        f"add element ip {TABLE} {ALLOWED} {{ {listed} }}\n" if listed else "")
+    return f"flush set ip {TABLE} {_ALLOWED}\n" + (
+        f"add element ip {TABLE} {_ALLOWED} {{ {listed} }}\n" if listed else "")
 
 
 def _table(capacity: int, terms: Terms, able: Abilities) -> str:
@@ -272,7 +272,7 @@ def _counting(terms: Terms) -> list[str]:
 
 def _limiting(terms: Terms) -> list[str]:
     strangers = terms.requests_of_strangers
-    return [f"ip saddr != @{ALLOWED} {_OVER.format(_UNWANTED, _UNWANTED)} {_DROP}",
+    return [f"ip saddr != @{_ALLOWED} {_OVER.format(_UNWANTED, _UNWANTED)} {_DROP}",
             f"ip saddr @{REGULARS} goto regular-requests",
             _of_each("askers", terms.requests_of_stranger),
             # No more at once than wait for the server (server/receiver.py).

@@ -52,7 +52,6 @@ class Keeper:
         self._backend: NatBackend | None = None
         self._last_repair = float("-inf")
         self._refused_flows = 0
-        self._dropped_requests = 0
         self._nat_thread = ThreadPoolExecutor(1, "nat")
         # Apart from the other, so that a long look at the flows holds no request up.
         self._flow_thread = ThreadPoolExecutor(1, "flows")
@@ -225,10 +224,7 @@ class Keeper:
 
     async def dropped_requests(self) -> int:
         """How many requests the kernel dropped, as there were too many."""
-        if self._backend is not None:
-            with contextlib.suppress(NatError):
-                self._dropped_requests = await self._in_nat(self._backend.dropped_requests)
-        return self._dropped_requests
+        return await self._in_nat(self._backend.dropped_requests) if self._backend else 0
 
     async def check(self) -> None:
         """Put our rules back when somebody else has removed them."""
